@@ -1,0 +1,43 @@
+# Everything below sets itself up in .venv; nothing outside this folder and the cache is touched.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: demo test test-full check bench clean
+
+# torch first and by its exact version: an unpinned torch can bring several GB of CUDA libraries.
+$(VENV)/.base: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/loratune demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not full"
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check src tests examples bench
+	$(BIN)/ruff format --check src tests examples bench
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q -m "not slow and not model and not full"
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

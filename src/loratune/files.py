@@ -1,0 +1,194 @@
+"""The only code that opens a path for writing: whole files or nothing, on disk before they count.
+
+A file or directory appears under its name complete or not at all: it is written beside its target,
+flushed to disk (fsync), renamed, and the directory that holds it is flushed too.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import ConfigError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_BLOCK_BYTES = 1 << 20
+
+
+def safe_name(name: str, what: str) -> str:
+    """Returns `name` if it can be a file name everywhere: letters, digits, '.', '_', '-', at most 64.
+
+    Raises ConfigError for path parts, leading dots and anything else.
+    """
+    if not SAFE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r} cannot be used as a name: expected 1 to 64 letters, digits, '.', '_' or '-', "
+            "not starting with '.' or '-'."
+        )
+    return name
+
+
+def digest(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Flushes a directory's entries to disk, so that a rename in it survives a power loss."""
+    if os.name == "nt":  # Windows cannot open a directory; its rename is already durable enough
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a file that somebody else (safetensors, tokenizers) wrote."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or nothing: temporary file beside it, fsync, rename, fsync of the directory."""
+    data = content.encode() if isinstance(content, str) else content
+    make_directory(path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with sorted keys and a final newline; NaN and infinity are refused."""
+    atomic_write(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory and its parents; a path that cannot be created is a ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create the directory {path}: {error.strerror}. Choose another place.") from error
+
+
+@contextmanager
+def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty directory that becomes `target` when the block ends without an error.
+
+    Every file in it is flushed before the rename. With `replace`, an existing target is moved aside first
+    and removed afterwards; without it an existing target is a ConfigError. On an error nothing is left behind.
+    """
+    if target.exists() and not replace:
+        raise ConfigError(f"{target} exists already. Choose another name, or remove it first.")
+    make_directory(target.parent)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        os.chmod(staging, 0o777 & ~_umask())
+        yield staging
+        for folder, _, names in os.walk(staging):
+            for name in names:
+                sync_file(Path(folder, name))
+            sync_directory(Path(folder))
+        _swap_in(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_directory(target.parent)
+
+
+def _swap_in(staging: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    os.rename(target, aside / target.name)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(aside / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory so that no half of it can be taken for the whole: renamed aside first."""
+    aside = path.with_name(f".{path.name}.removed")
+    with suppress(FileNotFoundError):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, each line flushed as it is written.
+
+    `keep` cuts the file back to its first lines, so that a resumed run holds each step exactly once.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None) -> None:
+        make_directory(path.parent)
+        self.path = path
+        if keep is not None and path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            atomic_write(path, b"".join(lines[:keep]))
+            self.count = min(keep, len(lines))
+        else:
+            self.count = 0
+        self._file = path.open("ab")
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Appends one object; a value that is not finite is a bug of the caller and raises ValueError."""
+        self._file.write((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self._file.flush()
+        self.count += 1
+
+    def sync(self) -> None:
+        """Flushes what was written to disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def free_bytes(path: Path) -> int:
+    """Returns the free space, in bytes, of the file system that holds `path` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
