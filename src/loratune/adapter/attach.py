@@ -1,0 +1,299 @@
+"""Attaching adapters to a model: the named layers are wrapped in place, the base weights are never written.
+
+attached = attach(model, LoraConfig(r=8))     # wraps, freezes the base, makes the new adapter the active one
+with attached.disabled(): ...                 # the base model
+attached.detach()                             # the plain model again, bit for bit
+"""
+
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loratune.adapter import making, peft_format, sites
+from loratune.adapter.adapter import Adapter
+from loratune.adapter.config import LoraConfig
+from loratune.adapter.fingerprint import Fingerprint, fingerprint
+from loratune.adapter.sites import Site, owner_of
+from loratune.adapter.summary import summarize
+from loratune.adapter.wrapper import Adapted, Shared
+from loratune.errors import AdapterError, ConfigError
+
+_ATTRIBUTE = "_loratune"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+
+class Attachments:
+    """Everything attached to one model: adapters by name, wrappers by path, and what the base had before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shared = Shared()
+        self.adapters: dict[str, Adapter] = {}
+        self.wrappers: dict[str, Adapted] = {}
+        self.active: tuple[str, ...] = ()
+        self.base: Fingerprint = fingerprint(model)
+        self.required_grad = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.originals: dict[
+            str, Any
+        ] = {}  # path -> the base's bias or module while a trained copy stands in its place
+        self.lists: dict[tuple[str, ...], dict[str, nn.ModuleList]] = {}  # active names -> path -> their factors there
+        model.requires_grad_(False)
+
+    @staticmethod
+    def of(model: nn.Module) -> "Attachments | None":
+        return model.__dict__.get(_ATTRIBUTE)
+
+    def wrap(self, model: nn.Module, site: Site) -> None:
+        if site.path not in self.wrappers:
+            self.wrappers[site.path] = Adapted(site.module, site.host, self.shared)
+            _set_module(model, site.path, self.wrappers[site.path])
+
+    def activate(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        """Makes these adapters, and no others, the active ones: their updates add up."""
+        if len([name for name in names if self.adapters[name].biases or self.adapters[name].saved]) > 1:
+            raise AdapterError(
+                "only one active adapter can train biases or whole modules; their copies cannot be added."
+            )
+        for path in {path for name in self.active for path in self.adapters[name].factors} - set(self._lists(names)):
+            self.wrappers[path].active = nn.ModuleList()
+        for path, factors in self._lists(names).items():
+            self.wrappers[path]._modules["active"] = factors
+        self._restore_originals(model)
+        for name in names:
+            self._swap_in(model, self.adapters[name])
+        self.active = names
+
+    def _lists(self, names: tuple[str, ...]) -> dict[str, nn.ModuleList]:
+        """Returns path -> the factors of these adapters there, made once so that switching is a few assignments."""
+        if names not in self.lists:
+            paths = dict.fromkeys(path for name in names for path in self.adapters[name].factors)
+            self.lists[names] = {
+                path: nn.ModuleList(f for name in names if (f := self.adapters[name].factors.get(path)) is not None)
+                for path in paths
+            }
+        return self.lists[names]
+
+    def _swap_in(self, model: nn.Module, adapter: Adapter) -> None:
+        for path, module in adapter.saved.items():
+            self.originals[path] = model.get_submodule(path)
+            _set_module(model, path, module)
+        for path, bias in adapter.biases.items():
+            owner = owner_of(model, path)
+            self.originals[path] = owner._parameters["bias"]
+            owner._parameters["bias"] = bias
+
+    def _restore_originals(self, model: nn.Module) -> None:
+        for path, original in self.originals.items():
+            if isinstance(original, nn.Parameter):
+                owner_of(model, path)._parameters["bias"] = original
+            else:
+                _set_module(model, path, original)
+        self.originals.clear()
+
+    def forget(self, name: str) -> None:
+        del self.adapters[name]
+        self.lists = {names: value for names, value in self.lists.items() if name not in names}
+        for wrapper in self.wrappers.values():
+            wrapper.placed.pop(name, None)
+
+    def unwrap(self, model: nn.Module) -> None:
+        """Takes every wrapper off: the plain model, trainable where it was."""
+        self._restore_originals(model)
+        for path, wrapper in self.wrappers.items():
+            _set_module(model, path, wrapper.base)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.required_grad)
+        del model.__dict__[_ATTRIBUTE]
+
+
+class Attached:
+    """The handle of one adapter on one model: what `attach` returns."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model
+        self.name = name
+
+    @property
+    def _all(self) -> Attachments:
+        found = Attachments.of(self.model)
+        if found is None or self.name not in found.adapters:
+            raise AdapterError(f"adapter {self.name!r} is not attached to this {type(self.model).__name__} any more.")
+        return found
+
+    @property
+    def adapter(self) -> Adapter:
+        return self._all.adapters[self.name]
+
+    @property
+    def config(self) -> LoraConfig:
+        return self.adapter.config
+
+    @property
+    def shared(self) -> Shared:
+        return self._all.shared
+
+    def activate(self, *others: "Attached") -> None:
+        """Makes this adapter the active one, together with `others` if given: their updates add up."""
+        self._all.activate(self.model, (self.name, *(other.name for other in others)))
+
+    @contextmanager
+    def disabled(self) -> Generator[None]:
+        """Within the block the model is the base model: no factor, no trained bias, no trained module."""
+        everything = self._all
+        names = everything.active
+        everything.activate(self.model, ())
+        try:
+            yield
+        finally:
+            everything.activate(self.model, names)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Generator[None]:
+        """Within the block row i of every batch goes through the adapter called names[i], or through none.
+
+        Raises AdapterError for an unknown name, and for an adapter that trains biases or whole modules.
+        """
+        everything = self._all
+        for name in {name for name in names if name is not None}:
+            if name not in everything.adapters:
+                raise AdapterError(
+                    f"rows: no adapter {name!r} is attached; attached are {', '.join(everything.adapters)}."
+                )
+            if everything.adapters[name].biases or everything.adapters[name].saved:
+                raise AdapterError(
+                    f"rows: adapter {name!r} trains biases or whole modules, which all rows would share."
+                )
+        device = next(self.model.parameters()).device
+        index = {
+            name: torch.tensor([i for i, each in enumerate(names) if each == name], device=device)
+            for name in dict.fromkeys(names)
+            if name is not None
+        }
+        before, everything.shared.rows = everything.shared.rows, index
+        try:
+            yield
+        finally:
+            everything.shared.rows = before
+
+    def train_mode(self, on: bool = True) -> None:
+        """Puts the adapter, and only it, into training mode: its dropout is on, the frozen base stays as it is."""
+        for path in self.adapter.factors:
+            self._all.wrappers[path].training = on
+        for module in self.adapter.saved.values():
+            module.train(on)
+
+    def save(self, path: str | Path) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them; whole or not at all."""
+        peft_format.write(self.adapter, self.model, Path(path), replace=False)
+
+    def detach(self) -> None:
+        """Takes this adapter off the model; with the last one the model is the plain model again, bit for bit."""
+        everything = self._all
+        everything.activate(self.model, tuple(name for name in everything.active if name != self.name))
+        everything.forget(self.name)
+        if not everything.adapters:
+            everything.unwrap(self.model)
+
+    def merge(self) -> nn.Module:
+        """Returns the model with the update in its weights, W' = W + s B A: plain layers, no adapter left.
+
+        Base tensors are replaced, not written to; a tied head gets a weight of its own (see `summary`).
+        """
+        from loratune.adapter.merge import merge_in_memory
+
+        return merge_in_memory(self)
+
+    def summary(self) -> str:
+        """Returns what is trained and what is not: sites, parameters, coverage of roles and layers, notes."""
+        return summarize(self.model, self.adapter)
+
+
+def attach(
+    model: nn.Module,
+    what: LoraConfig | Adapter,
+    name: str = "default",
+    *,
+    seed: int | None = None,
+    allow_base: bool = False,
+) -> Attached:
+    """Attaches a new adapter (from a configuration) or an existing one to a model and makes it the active one.
+
+    `seed` fixes how A begins, each site by its own path; None draws a seed from torch's generator. Raises ConfigError
+    or AdapterError, with the model untouched: a name in use, targets that match nothing, an adapter that does not fit.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-'.")
+    existing = Attachments.of(model)
+    if existing is not None and name in existing.adapters:
+        raise AdapterError(f"an adapter named {name!r} is attached already. Give another name, or detach it first.")
+    with _plain(model, existing):
+        base = existing.base if existing else fingerprint(model)
+        if isinstance(what, LoraConfig):
+            found = sites.find(model, what)
+            adapter = making.new_adapter(model, what, found, base, seed)
+        else:
+            found = sites.match(model, what, base, allow_base=allow_base)
+            adapter = what
+            making.place_loose(model, adapter, found)
+    everything = existing or Attachments(model)
+    model.__dict__[_ATTRIBUTE] = everything
+    for site in found:
+        everything.wrap(model, site)
+        everything.wrappers[site.path].placed[name] = adapter.factors[site.path].to(_device(site.module))
+    everything.adapters[name] = adapter
+    attached = Attached(model, name)
+    attached.activate()
+    return attached
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, name: str = "default", *, allow_base: bool = False, trainable: bool = False
+) -> Attached:
+    """Reads an adapter in PEFT's format, proves that it fits, and attaches it. Nothing is touched before every check.
+
+    Raises AdapterError. `allow_base` accepts other base weights than the adapter was trained on.
+    """
+    adapter = peft_format.read(Path(path))
+    attached = attach(model, adapter, name, allow_base=allow_base)
+    for _, parameter in adapter.named_parameters():
+        parameter.requires_grad_(trainable)
+    return attached
+
+
+def attached_to(model: nn.Module) -> Attached:
+    """Returns the handle of a model's one active adapter; raises AdapterError if there is none or more than one."""
+    everything = Attachments.of(model)
+    if everything is None or len(everything.active) != 1:
+        number = len(everything.active) if everything else 0
+        raise AdapterError(
+            f"{type(model).__name__} has {number or 'no'} active adapters; expected one. Attach one first "
+            "(attached = loratune.attach(model, config)) or activate just the one to use."
+        )
+    return Attached(model, everything.active[0])
+
+
+@contextmanager
+def _plain(model: nn.Module, everything: Attachments | None) -> Generator[None]:
+    """Within the block no trained copy stands in for a base tensor, so that paths and weights are the base's."""
+    if everything is None:
+        yield
+        return
+    names = everything.active
+    everything.activate(model, ())
+    try:
+        yield
+    finally:
+        everything.activate(model, names)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,79 @@
+"""Merging: W' = W + s B A, added in float32 and rounded once. Plan first, from names and shapes; then apply."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loratune.adapter.factor import LowRank
+from loratune.adapter.hosts import Host
+from loratune.adapter.summary import tied
+from loratune.errors import AdapterError
+
+if TYPE_CHECKING:
+    from loratune.adapter.attach import Attached
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the final rounding lost of an update: |W' - W - s B A| / |s B A| over all entries (Frobenius norms)."""
+
+    error_squared: float = 0.0
+    update_squared: float = 0.0
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.error_squared + other.error_squared, self.update_squared + other.update_squared)
+
+    @property
+    def share(self) -> float:
+        return (self.error_squared / self.update_squared) ** 0.5 if self.update_squared else 0.0
+
+
+def merged_weight(weight: Tensor, factor: LowRank, host: Host) -> tuple[Tensor, Loss]:
+    """Returns W + s B A in W's type, and what rounding lost. The sum is formed in float32 (float64 for float64)."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    delta = host.oriented(factor.delta().to(weight.device, exact))
+    wide = weight.detach().to(exact)
+    rounded = (wide + delta).to(weight.dtype)
+    error = (rounded.to(exact) - wide) - delta
+    return rounded, Loss(float(error.double().square().sum()), float(delta.double().square().sum()))
+
+
+def merge_in_memory(attached: "Attached") -> nn.Module:
+    """Puts the update of one adapter into its model's weights and takes every wrapper off; returns the model.
+
+    Weights get new tensors, so a weight that two modules share is untied and `tie_word_embeddings` is set to False.
+    """
+    from loratune.adapter.attach import Attachments  # the handle's module imports this one
+
+    model, adapter = attached.model, attached.adapter
+    everything = Attachments.of(model)
+    assert everything is not None
+    if len(everything.adapters) > 1:
+        others = ", ".join(name for name in everything.adapters if name != attached.name)
+        raise AdapterError(
+            f"merging {attached.name!r} would drop the other attached adapters: {others}. Detach them first."
+        )
+    everything.activate(model, ())
+    untied = tied(model, list(adapter.factors))
+    for path, factor in adapter.factors.items():
+        wrapper = everything.wrappers[path]
+        weight: Any = wrapper.base.weight
+        merged, _ = merged_weight(weight, factor, wrapper.host)
+        wrapper.base._parameters["weight"] = nn.Parameter(merged, requires_grad=weight.requires_grad)
+    everything.activate(model, (attached.name,))
+    everything.originals.clear()  # trained biases and modules stay where they are
+    everything.unwrap(model)
+    if untied:
+        _set_untied(model)
+    return model
+
+
+def _set_untied(model: nn.Module) -> None:
+    config: Any = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):  # transformers keeps the tied pairs on the model, and saves by them
+        model.__dict__["all_tied_weights_keys"] = {}

@@ -1,0 +1,183 @@
+"""PEFT's adapter format, both ways: adapter_config.json and adapter_model.safetensors.
+
+Keys: "base_model.model.<path>.lora_A.weight" (R, I) and ".lora_B.weight" (O, R); on embeddings ".lora_embedding_A"
+(R, I) and ".lora_embedding_B" (O, R); a trained bias "<path>.base_layer.bias" on an adapted layer, "<path>.bias"
+elsewhere; a module of `modules_to_save` under its plain name. The base's fingerprint is in the safetensors metadata,
+where PEFT does not look.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loratune import files
+from loratune.adapter import sites
+from loratune.adapter.adapter import Adapter
+from loratune.adapter.config import LoraConfig
+from loratune.adapter.factor import LowRank
+from loratune.adapter.fingerprint import Fingerprint
+from loratune.adapter.hosts import host_of
+from loratune.adapter.roles import minimal_targets
+from loratune.errors import AdapterError, ConfigError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_A, _B = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
+_METADATA = "loratune"
+_MAX_CONFIG_BYTES = 4 << 20
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def write(adapter: Adapter, model: nn.Module, path: Path, *, replace: bool = False) -> None:
+    """Writes the adapter as a directory that appears whole or not at all; raises ConfigError if it exists already."""
+    config, tensors = encode(adapter, model)
+    with files.staged_directory(path, replace=replace) as staging:
+        write_into(staging, config, tensors, adapter.base)
+
+
+def write_into(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: Fingerprint | None) -> None:
+    """Writes the two files into a directory of the caller's."""
+    metadata = {"format": "pt"}
+    if base is not None:
+        metadata[_METADATA] = json.dumps({"base": base.to_json()}, sort_keys=True)
+    files.write_json(folder / CONFIG, config)
+    save_file(tensors, str(folder / WEIGHTS), metadata)
+
+
+def encode(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the content of the two files: the configuration with expanded targets, and the tensors by PEFT's keys."""
+    modules = dict(sites.logical_modules(model))
+    tensors: dict[str, Tensor] = {}
+    for path, factor in adapter.factors.items():
+        embedding = isinstance(modules[path], nn.Embedding)
+        tensors[_PREFIX + path + _A[embedding]] = factor.A
+        tensors[_PREFIX + path + _B[embedding]] = factor.B
+    for path, bias in adapter.biases.items():
+        owner = path.rpartition(".")[0]
+        tensors[f"{_PREFIX}{owner}.base_layer.bias" if owner in adapter.factors else _PREFIX + path] = bias
+    for path, module in adapter.saved.items():
+        tensors.update({f"{_PREFIX}{path}.{name}": value for name, value in module.state_dict().items()})
+    targets = minimal_targets(adapter.factors, modules)
+    stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    return _named_base(adapter.config, model).to_peft(targets, _fan_in_fan_out(adapter, modules)), stored
+
+
+def _named_base(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    name = getattr(model, "name_or_path", None) or None
+    return config.with_(
+        base_model_name_or_path=name or config.base_model_name_or_path, exclude_modules=None,
+        layers_to_transform=None, layers_pattern=None,
+    )  # fmt: skip
+
+
+def _fan_in_fan_out(adapter: Adapter, modules: dict[str, nn.Module]) -> bool:
+    hosts = [host_of(modules[path]) for path in adapter.factors]
+    return bool(hosts) and all(host is not None and host.fan_in_fan_out for host in hosts)
+
+
+def read(path: Path) -> Adapter:
+    """Reads an adapter directory into a value, strictly; raises AdapterError and touches no model.
+
+    Refused: pickles (.bin), damaged or oversized headers, tensors that are not finite floats, a half without its other
+    half, ranks other than the configuration's, fields of methods that are not implemented.
+    """
+    config = _read_config(path)
+    tensors, base = _read_tensors(path)
+    halves: dict[str, dict[str, Tensor]] = {}
+    loose: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        owner, half = _split(key)
+        if half is None:
+            loose[owner] = tensor
+        else:
+            halves.setdefault(owner, {})[half] = tensor
+    factors = {owner: _factor(owner, pair, config, path) for owner, pair in halves.items()}
+    if not factors and not loose:
+        raise AdapterError(f"{path / WEIGHTS} holds no tensors; this is not an adapter.")
+    return Adapter(config, factors, loose=loose, base=base)
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """Returns (module path, "A" or "B") for a factor's key, (parameter path, None) for any other."""
+    path = key.removeprefix(_PREFIX)
+    for half, suffixes in (("A", _A), ("B", _B)):
+        for suffix in suffixes:
+            if path.endswith(suffix):
+                return path.removesuffix(suffix), half
+    return path.replace(".base_layer.", "."), None
+
+
+def _factor(owner: str, pair: dict[str, Tensor], config: LoraConfig, path: Path) -> LowRank:
+    if set(pair) != {"A", "B"}:
+        raise AdapterError(f"{path}: {owner} has lora_{next(iter(pair))} but not its other half.")
+    A, B, rank = pair["A"], pair["B"], config.rank(owner)
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
+        raise AdapterError(
+            f"{path}: {owner} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} gives rank {rank} there."
+        )
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    return LowRank(A.to(dtype), B.to(dtype), config.scale(owner), config.lora_dropout)
+
+
+def _read_config(path: Path) -> LoraConfig:
+    file = path / CONFIG
+    if not file.is_file():
+        raise AdapterError(f"{path} is not an adapter: {CONFIG} is missing.")
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterError(f"{file} has {file.stat().st_size:,} bytes; an adapter's configuration is far smaller.")
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{file}: expected an object, found {type(values).__name__}.")
+    try:
+        return LoraConfig.from_peft(values, str(file))
+    except ConfigError as error:
+        message = str(error)
+        raise AdapterError(message if str(file) in message else f"{file}: {message}") from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Fingerprint | None]:
+    file = path / WEIGHTS
+    if not file.is_file():
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()]
+        hint = (
+            f"{pickles[0]} is a pickle, which can run code and is not read; load it once in PEFT and save it with "
+            "safe_serialization=True"
+            if pickles
+            else f"{WEIGHTS} is missing"
+        )
+        raise AdapterError(f"{path}: {hint}.")
+    try:
+        with safe_open(str(file), "pt") as opened:
+            metadata = opened.metadata() or {}
+            # Copies: a mapped file that changes under a running process changes or kills it.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is damaged or not a safetensors file: {error}.") from error
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, file)
+    return tensors, _read_fingerprint(metadata, file)
+
+
+def _check_tensor(name: str, tensor: Tensor, file: Path) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise AdapterError(f"{file}: {name} has type {tensor.dtype}; expected floating point numbers.")
+    if not math.isfinite(float(tensor.detach().double().sum())):
+        raise AdapterError(f"{file}: {name} holds values that are not finite (NaN or infinity).")
+
+
+def _read_fingerprint(metadata: dict[str, str], file: Path) -> Fingerprint | None:
+    if _METADATA not in metadata:
+        return None
+    try:
+        return Fingerprint.from_json(json.loads(metadata[_METADATA])["base"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{file}: the base's fingerprint in its metadata cannot be read: {error}.") from error

@@ -1,0 +1,63 @@
+"""What an adapter trains on a model, said in words: settings, parameters, coverage, and what a reader must know."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from loratune.adapter import roles
+from loratune.adapter.adapter import Adapter
+from loratune.adapter.hosts import host_of
+from loratune.adapter.sites import logical_modules
+
+
+def summarize(model: nn.Module, adapter: Adapter) -> str:
+    """Returns the table of what is trained: settings, parameters, role coverage, and what a reader must know."""
+    config, factors = adapter.config, adapter.factors
+    trained = adapter.num_parameters()
+    own = {id(parameter) for _, parameter in adapter.named_parameters()}
+    total = sum(p.numel() for p in {id(p): p for p in model.parameters() if id(p) not in own}.values())
+    lines = [
+        f"LoRA on {type(model).__name__}: {len(factors)} layers, r={config.r}, lora_alpha={config.lora_alpha:g}, "
+        f"scale {config.lora_alpha / config.r:g}, dropout {config.lora_dropout:g}, bias {config.bias}",
+        f"trainable parameters: {trained:,} of {total + trained:,} ({trained / (total + trained):.4%})",
+        *roles.coverage(model, list(factors)).render().splitlines(),
+        *(f"trained whole: {path}" for path in adapter.saved),
+        *notes(model, adapter),
+    ]
+    return "\n".join(lines)
+
+
+def notes(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Returns what is allowed but worth knowing: ranks above a layer's side, tied weights that merging unties."""
+    found: list[str] = []
+    modules = dict(logical_modules(model))
+    high = []
+    for path, factor in adapter.factors.items():
+        host = host_of(modules[path])
+        assert host is not None
+        if factor.rank > min(host.sizes(modules[path])):
+            high.append(path)
+    if high:
+        found.append(
+            f"note: r is above the smaller side of {len(high)} layers (first: {high[0]}); more than full rank."
+        )
+    for path, others in tied(model, list(adapter.factors)).items():
+        weight: Tensor = modules[path].weight  # type: ignore[assignment]
+        megabytes = weight.numel() * weight.element_size() / 1e6
+        found.append(
+            f"note: {path} shares its weight with {', '.join(others)}; the adapter changes {path} alone. "
+            f"Merging unties them and adds {weight.numel():,} parameters ({megabytes:,.0f} MB)."
+        )
+    return found
+
+
+def tied(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
+    """Returns, for each path whose weight other modules share, the paths of those others."""
+    owners: dict[int, list[str]] = {}
+    for path, module in logical_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None and path not in owners.setdefault(id(weight), []):
+            owners[id(weight)].append(path)
+    modules = dict(logical_modules(model))
+    shared = {path: owners[id(modules[path]._parameters.get("weight"))] for path in paths}
+    return {path: [other for other in names if other != path] for path, names in shared.items() if len(names) > 1}

@@ -1,0 +1,1 @@
+"""Measuring a model: generation, and figures with an interval around them."""

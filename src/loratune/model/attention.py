@@ -1,0 +1,125 @@
+"""Attention for packed documents: each attends to itself alone, and its cost is that of the document, not of the pack.
+
+Registered with transformers under one name. In a packed row the model passes our boundaries through as a keyword; any
+other call (padded batches, generation with a cache) goes to transformers' own attention.
+
+Shapes: T tokens, Q query heads, K key-value heads, D head size; q (1, Q, T, D), k and v (1, K, T, D).
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "loratune_packed"  # transformers takes a name with "flash" in it for a kernel of its hub
+BOUNDARIES = "cu_seq_lens_q"  # a keyword that every family with the attention interface hands down
+
+# Only the building of masks looks at this; the boundaries themselves travel as a keyword, so that a backward pass in
+# another thread or a recomputed layer sees them.
+_packed: ContextVar[bool] = ContextVar("loratune_packed", default=False)
+
+
+@contextmanager
+def packed_row() -> Generator[None]:
+    """Within the block the model builds no attention mask: its input is one packed row."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def install(model: nn.Module) -> bool:
+    """Makes a model use this attention; returns False where its family does not go through transformers' interface."""
+    if not getattr(type(model), "_can_set_attn_implementation", bool)():
+        return False
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    return model.config._attn_implementation == NAME  # type: ignore[union-attr]
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _packed.get() else sdpa_mask(*args, **kwargs)
+
+
+def packed_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Returns ((1, T, Q, D), None): softmax(q k^T * scaling) v within each document, as transformers' interface asks.
+
+    Handles a sliding window, a tanh soft cap (Gemma 2) and attention sinks (gpt-oss) as the family passes them.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    special = softcap is not None or s_aux is not None
+    boundaries: tuple[int, ...] | None = kwargs.get(BOUNDARIES)
+    if boundaries is None and not special:
+        return sdpa_attention_forward(
+            module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )  # type: ignore[return-value]
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if boundaries is None:
+        mask = attention_mask if attention_mask is not None else _window(q.shape[2], k.shape[2], causal, None, q.device)
+        return _explicit(q, k, v, mask, scale, softcap, s_aux, dropout).transpose(1, 2).contiguous(), None
+    pieces: list[Tensor] = []
+    for start, end in pairwise(boundaries):
+        part = slice(start, end)
+        length = end - start
+        window = sliding_window if sliding_window is not None and sliding_window < length else None
+        qd, kd, vd = q[:, :, part], k[:, :, part], v[:, :, part]
+        if special:
+            mask = _window(length, length, causal, window, q.device)
+            pieces.append(_explicit(qd, kd, vd, mask, scale, softcap, s_aux, dropout))
+        else:
+            mask = None if window is None else _window(length, length, causal, window, q.device)
+            pieces.append(
+                F.scaled_dot_product_attention(
+                    qd, kd, vd, mask, dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=True
+                )
+            )
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """Returns the mask (queries, keys), True where a query may look: not ahead, and less than `window` away."""
+    if not causal and window is None:
+        return None
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return allowed if window is None else allowed & (distance.abs() < window)
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention written out, for what scaled_dot_product_attention lacks: tanh soft caps and sinks."""
+    groups = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], dim=-1)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights[..., : k.shape[2]] @ v.repeat_interleave(groups, 1)

@@ -1,0 +1,239 @@
+"""How a causal language model runs on documents: packed without padding where that is exact, else one document a row.
+
+Everything the training loop and the evaluation ask of a model is here: cut documents into micro-batches, make a batch,
+run it, and return the loss of its label tokens.
+
+Shapes: T tokens of a packed row, N rows of a padded batch, L their length, n label tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loratune.adapter.dropout import Noise, Span
+from loratune.adapter.wrapper import Adapted, unwrapped
+from loratune.data.encode import Document
+from loratune.data.pack import length_groups, micro_batches
+from loratune.errors import ConfigError
+from loratune.model import attention
+from loratune.model.loss import HeadShape, label_loss, loss_memory
+
+_PROBE_LENGTHS = (5, 9, 2)
+# Packed and apart may differ by rounding only; a document that sees another moves the result by more than 1 %.
+_PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. predicting: positions on the flattened token axis (n,) whose next token is a label; labels (n,);
+    owners (n,): which document of the batch each label belongs to; spans: where each document's tokens stand."""
+
+    inputs: dict[str, Any]
+    predicting: Tensor
+    labels: Tensor
+    owners: Tensor
+    spans: tuple[Span, ...]
+    num_documents: int
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    @property
+    def packed(self) -> bool:
+        return attention.BOUNDARIES in self.inputs
+
+    @property
+    def num_positions(self) -> int:
+        return self.inputs["input_ids"].numel()
+
+    def noise(self, seed: int, step: int) -> Noise:
+        """Returns what the dropout masks of this batch depend on."""
+        return Noise(seed, step, self.spans, self.num_positions)
+
+
+class CausalModel:
+    """A causal language model made ready for documents. `notes` says what could not be done the fast way, and why."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.notes: list[str] = []
+        self._attention_before = getattr(model.config, "_attn_implementation", None)
+        self.packs = self._probe_packing()
+        self._shape = self._probe_head()
+        self._memory: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def close(self) -> None:
+        """Gives the model the attention it had before."""
+        if getattr(self.model.config, "_attn_implementation", None) != self._attention_before:
+            self.model.set_attn_implementation(self._attention_before)  # type: ignore[operator]
+
+    def cut(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Returns the positions of the documents of each micro-batch; every document is in one of them."""
+        return micro_batches(lengths, max_tokens) if self.packs else length_groups(lengths, max_tokens)
+
+    def batch(self, documents: Sequence[Document], keys: Sequence[int]) -> Batch:
+        """Makes a micro-batch of documents; `keys` name them for the dropout masks.
+
+        What follows a document's last predicting token predicts nothing and is left out.
+        """
+        lengths = [int(np.flatnonzero(document.trained)[-1]) for document in documents]
+        width = max(lengths)
+        starts = np.cumsum([0, *lengths]) if self.packs else np.arange(len(documents) + 1) * width
+        predicting = [
+            start + np.flatnonzero(document.trained) - 1 for start, document in zip(starts, documents, strict=False)
+        ]
+        labels = [document.input_ids[document.trained] for document in documents]
+        owners = np.repeat(np.arange(len(documents)), [len(each) for each in labels])
+        ids = [document.input_ids[:length] for document, length in zip(documents, lengths, strict=True)]
+        return Batch(
+            inputs=self._packed(ids, starts) if self.packs else self._padded(ids, width),
+            predicting=self._tensor(np.concatenate(predicting)),
+            labels=self._tensor(np.concatenate(labels)),
+            owners=self._tensor(owners),
+            spans=tuple(
+                Span(key, int(start), length) for key, start, length in zip(keys, starts, lengths, strict=False)
+            ),
+            num_documents=len(documents),
+        )
+
+    def _tensor(self, array: "np.ndarray[Any, Any]") -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    def _packed(self, ids: Sequence["np.ndarray[Any, Any]"], starts: "np.ndarray[Any, Any]") -> dict[str, Any]:
+        positions = np.concatenate([np.arange(len(each)) for each in ids])
+        return {
+            "input_ids": self._tensor(np.concatenate(ids))[None],
+            "position_ids": self._tensor(positions)[None],
+            attention.BOUNDARIES: tuple(int(start) for start in starts),
+        }
+
+    def _padded(self, ids: Sequence["np.ndarray[Any, Any]"], width: int) -> dict[str, Any]:
+        rows = np.zeros((len(ids), width), np.int64)
+        mask = np.zeros((len(ids), width), np.int64)
+        for row, each in enumerate(ids):
+            rows[row, : len(each)], mask[row, : len(each)] = each, 1
+        return {"input_ids": self._tensor(rows), "attention_mask": self._tensor(mask)}
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Runs the trunk; returns what the head sees at the predicting positions, (n, H)."""
+        states = self._trunk(batch)
+        return states.reshape(-1, states.shape[-1])[batch.predicting]
+
+    def _trunk(self, batch: Batch) -> Tensor:
+        trunk: Any = self.model.base_model
+        with attention.packed_row() if batch.packed else nullcontext():
+            return trunk(**batch.inputs, use_cache=False).last_hidden_state
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns (the sum of the batch's label losses, differentiable; each label's loss, (n,) detached)."""
+        if self._shape is None:
+            return self._losses_by_logits(batch)
+        return self._losses_by_head(self.hidden(batch), batch, self._shape)
+
+    def _losses_by_head(self, h_nH: Tensor, batch: Batch, shape: HeadShape) -> tuple[Tensor, Tensor]:
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        frozen: Any = unwrapped(head)
+        z_nR: Tensor | None = None
+        up: Tensor | None = None  # B of the head's own adapter
+        if isinstance(head, Adapted) and len(head.active) == 1:
+            factor: Any = head.active[0]
+            z_nR, up = self._dropped(head, factor, h_nH, batch) @ factor.A.to(h_nH.dtype).T, factor.B
+            shape = HeadShape(shape.logit_scale, shape.softcap, factor.scale)
+        elif isinstance(head, Adapted) and len(head.active):
+            raise ConfigError(f"{len(head.active)} adapters are active on the head; the loss takes one at a time.")
+        if self._memory is None:
+            self._memory = loss_memory(frozen.weight)
+        bias = getattr(frozen, "bias", None)
+        return label_loss(h_nH, batch.labels, frozen.weight, bias, z_nR, up, shape, self._memory)
+
+    def _dropped(self, head: Adapted, factor: Any, h_nH: Tensor, batch: Batch) -> Tensor:
+        """The head sees label rows only: its dropout mask is drawn for all positions and the same rows are taken."""
+        noise = head.shared.noise
+        if noise is None or not (head.training and factor.dropout):
+            return head.dropped(factor, h_nH)
+        keep = noise.keep(head.site, h_nH.shape[-1], factor.dropout, h_nH.device)[batch.predicting]
+        return h_nH * keep * (1 / (1 - factor.dropout))
+
+    def _losses_by_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The plain way, for heads that are more than a matrix: the model's own logits of every position."""
+        with attention.packed_row() if batch.packed else nullcontext():
+            logits: Tensor = self.model(**batch.inputs, use_cache=False).logits
+        rows = logits.reshape(-1, logits.shape[-1])[batch.predicting]
+        each = F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), batch.labels, reduction="none")
+        return each.sum(), each.detach()
+
+    @torch.no_grad()
+    def _probe_packing(self) -> bool:
+        """Compares three short documents packed with the same apart; a family that mixes them is run one a row."""
+        name = type(self.model).__name__
+        if not attention.install(self.model):
+            self.notes.append(
+                f"{name} cannot be packed (it has an attention of its own): one document a row, by length."
+            )
+            return False
+        self.packs = True
+        documents = [_probe_document(self.model, length, seed) for seed, length in enumerate(_PROBE_LENGTHS)]
+        try:
+            together = self.hidden(self.batch(documents, range(len(documents))))
+        except (TypeError, ValueError, RuntimeError) as error:  # a family that does not take positions or boundaries
+            return self._refuse_packing(f"it refuses a packed row: {type(error).__name__}")
+        apart = torch.cat([self.hidden(self.batch([document], [0])) for document in documents])
+        self.packs = False
+        plain = torch.cat([self.hidden(self.batch([document], [0])) for document in documents])
+        difference = max(_relative(together, plain), _relative(apart, plain))
+        if not difference <= _PROBE_TOLERANCE[plain.dtype]:
+            return self._refuse_packing(f"packed and apart differ by {difference:.1e}")
+        return True
+
+    def _refuse_packing(self, reason: str) -> bool:
+        self.model.set_attn_implementation(self._attention_before)  # type: ignore[operator]
+        self.notes.append(f"{type(self.model).__name__} cannot be packed ({reason}): one document a row, by length.")
+        return False
+
+    @torch.no_grad()
+    def _probe_head(self) -> HeadShape | None:
+        """Finds what stands between the hidden state and the logits by comparing the two on one short row."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None or not isinstance(unwrapped(head), nn.Linear):
+            self.notes.append(f"{type(self.model).__name__} has no linear head: the loss is computed from full logits.")
+            return None
+        ids = self._tensor(_probe_document(self.model, 6, 0).input_ids)[None]
+        trunk: Any = self.model.base_model
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        raw: Tensor = head(trunk(input_ids=ids, use_cache=False).last_hidden_state)
+        config: Any = self.model.config
+        cap = getattr(config, "final_logit_softcapping", None)
+        scale = float((logits * raw).sum() / raw.square().sum())
+        for shape in (HeadShape(), HeadShape(logit_scale=scale), *([HeadShape(softcap=float(cap))] if cap else [])):
+            if _relative(_shaped(raw, shape), logits) <= _PROBE_TOLERANCE[logits.dtype]:
+                return shape
+        self.notes.append(f"{type(self.model).__name__} changes its logits in its own way: they are computed in full.")
+        return None
+
+
+def _shaped(raw: Tensor, shape: HeadShape) -> Tensor:
+    logits = raw * shape.logit_scale
+    return logits if shape.softcap is None else torch.tanh(logits / shape.softcap) * shape.softcap
+
+
+def _probe_document(model: nn.Module, length: int, seed: int) -> Document:
+    """Makes a document of arbitrary tokens, all but the first trained."""
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    ids = np.random.RandomState(seed).randint(0, rows, length + 1).astype(np.int32)
+    return Document(ids, np.arange(length + 1) > 0)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Returns the largest difference relative to the largest entry; NaN where something is not finite."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

@@ -1,0 +1,294 @@
+"""From a name to a frozen base model and its tokenizer: folder, GGUF file, hub cache, embedded package, hub."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from loratune.errors import ConfigError
+from loratune.model import embedded, gguf
+
+Notify = Callable[[str], None]
+
+TASKS = {"CAUSAL_LM": AutoModelForCausalLM}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",  # as stored
+}
+# Gemma 3 text models share the tokenizer of the multimodal ones, with one token that their embedding has no row for.
+SURPLUS_TOKENS = frozenset({"<image_soft_token>"})
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles, which are programs
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model was found: `path` is the folder that is loaded, `name` what an adapter records as its base."""
+
+    kind: str  # folder, gguf, hub cache, embedded, hub
+    path: Path
+    name: str
+    digest: str | None = None  # sha256 of the GGUF file that the folder was made from
+
+
+# ---- finding --------------------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """One name, and what has been tried for it; each method is one place to look, None when it is not there."""
+
+    def __init__(self, name: str, notify: Notify | None) -> None:
+        self.name, self.notify = name, notify
+        self.path = Path(name).expanduser()
+        self.tried: list[str] = []
+
+    def folder(self) -> Source | None:
+        if not self.path.is_dir():
+            self.tried.append("there is no such folder or file")
+            return None
+        if not (self.path / "config.json").is_file():
+            files = sorted(self.path.glob("*.gguf"))
+            hint = f"It holds a GGUF file: give {files[0]}." if files else "Give the folder that save_pretrained wrote."
+            raise ConfigError(f"the folder {self.path} holds no config.json, so it is not a model. {hint}")
+        return Source("folder", self.path, str(self.path))
+
+    def file(self) -> Source | None:
+        if not self.path.is_file():
+            return None
+        if self.path.suffix.lower() != ".gguf":
+            raise ConfigError(f"the model {self.path} is a file; expected a folder with config.json, or a .gguf file.")
+        folder = gguf.converted(self.path, self.notify)
+        return Source("gguf", folder, str(folder), folder.name)
+
+    def hub_cache(self) -> Source | None:
+        if not self._is_hub_id():
+            return None
+        try:
+            folder = Path(snapshot_download(self.name, local_files_only=True))
+        except OSError:  # LocalEntryNotFoundError: the cache does not know it
+            folder = None
+        if folder is None or not _is_whole(folder):
+            self.tried.append("the hub cache does not hold it whole")
+            return None
+        return Source("hub cache", folder, self.name)
+
+    def embedded(self) -> Source | None:
+        entry = embedded.EMBEDDED.get(self.name)
+        if entry is None:
+            self.tried.append(f"no package carries it (known: {', '.join(embedded.EMBEDDED)})")
+            return None
+        if not embedded.is_installed(entry):
+            self.tried.append(f"its package is not installed ({embedded.INSTALL}, or choose another --model)")
+            return None
+        if self.notify is not None:
+            self.notify(f"{entry.name}: using {entry.description}")
+        return Source("embedded", embedded.folder(entry, self.notify), entry.name, entry.sha256)
+
+    def hub(self) -> Source | None:
+        if not self._is_hub_id():
+            return None
+        if is_offline_mode():
+            self.tried.append("the hub was not asked (HF_HUB_OFFLINE is set)")
+            return None
+        try:
+            folder = Path(snapshot_download(self.name, allow_patterns=_DOWNLOADED))
+        except (OSError, HfHubHTTPError) as error:
+            self.tried.append(f"the hub cannot give it: {_first_line(error)}")
+            return None
+        if not _is_whole(folder):
+            raise ConfigError(f"{self.name} on the hub holds no config.json with safetensors weights. Choose another.")
+        return Source("hub", folder, self.name)
+
+    def _is_hub_id(self) -> bool:
+        try:
+            validate_repo_id(self.name)
+        except HFValidationError:
+            return False
+        return not self.name.endswith(".gguf")
+
+    def nothing(self) -> ConfigError:
+        nearest = difflib.get_close_matches(self.name, [*self._neighbours(), *embedded.EMBEDDED], n=3)
+        hint = f"Nearest: {', '.join(nearest)}." if nearest else "Give a model folder, a .gguf file or a hub id."
+        return ConfigError(f"cannot find the model {self.name!r}: {'; '.join(self.tried)}. {hint}")
+
+    def _neighbours(self) -> list[str]:
+        parent = self.path.parent
+        if not parent.is_dir():
+            return []
+        return [
+            str(entry) for entry in parent.iterdir() if entry.suffix == ".gguf" or (entry / "config.json").is_file()
+        ]
+
+
+def resolve(name: str | Path, notify: Notify | None = None) -> Source:
+    """Finds a base model: a folder, a GGUF file, the hub's cache, an installed package, the hub, in this order.
+
+    A GGUF file is converted once into the cache; the hub is not asked when HF_HUB_OFFLINE is set. `notify` gets a
+    line when an embedded copy is used and when something is converted. Raises ConfigError that lists what was
+    tried and the nearest names.
+    """
+    search = _Search(str(name), notify)
+    for look in (search.folder, search.file, search.hub_cache, search.embedded, search.hub):
+        if (source := look()) is not None:
+            return source
+    raise search.nothing()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has a config and all its weights: an interrupted download has not."""
+    if not (folder / "config.json").is_file():
+        return False
+    for index in _INDEXES:
+        if (folder / index).is_file():
+            shards: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            return all((folder / shard).is_file() for shard in set(shards.values()))
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    task_type: str = "CAUSAL_LM",
+    notify: Notify | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a base model, frozen and in eval mode, with its tokenizer.
+
+    `device` is cuda where there is one, else cpu; `dtype` is the stored type, but float32 on a CPU, where
+    bfloat16 arithmetic is mostly slower. `model.name_or_path` is what PEFT and transformers can load again.
+    Raises ConfigError for an unknown model, task or type, for missing, damaged or non-finite weights, and for
+    a tokenizer with more tokens than the embedding has rows.
+    """
+    task = _known("task_type", task_type, TASKS)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(dtype, device)
+    source = resolve(name, notify)
+    tokenizer = _tokenizer(source)
+    model = _weights(task, source, dtype, notify)
+    check_finite(model)
+    check_vocabulary(model, tokenizer)
+    model.name_or_path = model.config._name_or_path = source.name
+    try:
+        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # transformers decorates `to`
+    except RuntimeError as error:
+        raise ConfigError(f"cannot put {source.name} on the device {device!r}: {_first_line(error)}") from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name: str | Path, *, notify: Notify | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a base model alone; finds it and raises as `load_model` does."""
+    return _tokenizer(resolve(name, notify))
+
+
+def _known(what: str, value: str, table: dict[str, Any]) -> Any:
+    if value not in table:
+        nearest = difflib.get_close_matches(value, table, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"{what} {value!r} is not known; expected one of {', '.join(table)}.{hint}")
+    return table[value]
+
+
+def _dtype(wish: str | torch.dtype | None, device: str) -> str | torch.dtype:
+    if wish is None:
+        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+    return wish if isinstance(wish, torch.dtype) else _known("dtype", wish, DTYPES)
+
+
+def _weights(task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None) -> PreTrainedModel:
+    try:
+        model, report = task.from_pretrained(source.path, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"cannot load the model in {source.path}: {_first_line(error)}") from error
+    kind = type(model).__name__
+    if missing := report["missing_keys"]:  # transformers would fill them with random numbers
+        raise ConfigError(
+            f"the weights in {source.path} lack {len(missing)} tensors of {kind}; first: {min(missing)}. "
+            "Use a complete copy, made for this task."
+        )
+    if (unused := report["unexpected_keys"]) and notify is not None:
+        notify(f"{source.name}: {len(unused)} stored tensors are not part of {kind}; first: {min(unused)}")
+    return model
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(  # transformers would make an empty tokenizer instead
+            f"{source.path} holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES)}). "
+            "Copy the tokenizer's files beside the weights."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(f"cannot load the tokenizer in {source.path}: {_first_line(error)}") from error
+    tokenizer.name_or_path = source.name
+    gguf.portable(tokenizer)
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raises ConfigError that names the first weight with NaN or infinity.
+
+    A sum in float32 is finite only if all its terms are, and costs one pass; a sum that overflows is looked at closely.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight.sum(dtype=torch.float32)):
+            _refuse(name, weight)
+
+
+def _refuse(name: str, weight: torch.Tensor) -> None:
+    num_bad = int((~torch.isfinite(weight)).sum())
+    if num_bad:
+        raise ConfigError(
+            f"the base weight {name} holds {num_bad:,} values of {weight.numel():,} that are NaN or infinite. "
+            "The file is damaged or was converted wrongly: get another copy."
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError when the tokenizer has ids that the embedding has no row for."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding.weight, torch.Tensor)
+    rows = embedding.weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    surplus = {token for token, index in tokenizer.get_vocab().items() if index >= rows} - SURPLUS_TOKENS
+    if surplus:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the embedding {rows:,} rows; without a row: "
+            f"{_listed(surplus)}. Take the model's own tokenizer, or resize the embedding and save the model first."
+        )
+
+
+def _listed(names: Iterable[str], limit: int = 3) -> str:
+    ordered = sorted(names)
+    return ", ".join(map(repr, ordered[:limit])) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")

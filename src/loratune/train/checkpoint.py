@@ -1,0 +1,129 @@
+"""Checkpoints: a directory that is complete or does not count. safetensors and JSON only, and never the base model.
+
+    checkpoints/step-000120/{adapter_config.json, adapter_model.safetensors, optimizer.safetensors, state.json,
+                             MANIFEST.json}
+
+MANIFEST.json is written last and holds the size and sha256 of every other file, and the sha256 of its own content.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loratune import files
+from loratune.errors import CheckpointError
+
+FOLDER, MANIFEST, STATE, OPTIMIZER = "checkpoints", "MANIFEST.json", "state.json", "optimizer.safetensors"
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return load_file(str(self.path / OPTIMIZER))
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:06d}"
+
+
+def write(run: Path, step: int, write_adapter: Any, optimizer: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes one checkpoint aside, reads it back, and renames it into place; returns its folder.
+
+    `write_adapter(folder)` writes the adapter's two files. An existing checkpoint of the same step is replaced.
+    """
+    target = step_folder(run, step)
+    with files.staged_directory(target, replace=True) as staging:
+        write_adapter(staging)
+        save_file({name: value.contiguous().cpu() for name, value in optimizer.items()}, str(staging / OPTIMIZER))
+        files.write_json(staging / STATE, state)
+        _write_manifest(staging)
+        verify(staging)
+    return target
+
+
+def _write_manifest(folder: Path) -> None:
+    entries = {
+        path.name: {"bytes": path.stat().st_size, "sha256": files.digest(path)} for path in sorted(folder.iterdir())
+    }
+    files.write_json(folder / MANIFEST, {"files": entries, "sha256": _own_digest(entries)})
+
+
+def _own_digest(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError unless every file is there, whole and unchanged, and none is there that should not be."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        entries: dict[str, dict[str, Any]] = manifest["files"]
+        intact = manifest["sha256"] == _own_digest(entries)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged ({type(error).__name__}): the checkpoint is incomplete."
+        ) from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its own digest does not fit.")
+    found = {each.name for each in folder.iterdir()} - {MANIFEST}
+    if found != set(entries):
+        raise CheckpointError(f"{folder}: files missing or added: {', '.join(sorted(found ^ set(entries)))}.")
+    for name, entry in entries.items():
+        size = (folder / name).stat().st_size
+        if size != entry["bytes"] or files.digest(folder / name) != entry["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} is damaged: found {size:,} bytes, expected {entry['bytes']:,} as written."
+            )
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads one checkpoint after verifying every byte of it; raises CheckpointError."""
+    verify(folder)
+    found = _STEP.fullmatch(folder.name)
+    if found is None:
+        raise CheckpointError(f"{folder} is not named step-NNNNNN.")
+    try:
+        return Checkpoint(folder, int(found[1]), json.loads((folder / STATE).read_bytes()))
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read: {error}.") from error
+
+
+def folders(run: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, oldest first; half-written ones have other names and are none."""
+    root = run / FOLDER
+    found = [path for path in root.iterdir() if _STEP.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest(run: Path) -> tuple[Checkpoint, list[str]]:
+    """Returns the newest complete checkpoint and why each newer one was skipped; raises CheckpointError for none."""
+    skipped: list[str] = []
+    for folder in reversed(folders(run)):
+        try:
+            return read(folder), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    detail = f" Skipped: {' '.join(skipped)}" if skipped else ""
+    raise CheckpointError(f"{run} holds no complete checkpoint to resume from.{detail}")
+
+
+def retain(run: Path, keep: int, best_step: int | None) -> None:
+    """Removes all checkpoints but the last `keep` and the best."""
+    found = folders(run)
+    for folder in found[:-keep]:
+        if best_step is None or folder != step_folder(run, best_step):
+            files.remove_directory(folder)
