@@ -17,14 +17,14 @@ from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
 from loratune.adapter.fingerprint import fingerprint
 from loratune.data.dataset import Dataset, hold_out, load_dataset
 from loratune.data.encode import Encoder
-from loratune.errors import CheckpointError, ConfigError
+from loratune.errors import CheckpointError, ConfigError, DataError
 from loratune.evaluate.loss import Evaluation
 from loratune.evaluate.samples import Sample, sample
 from loratune.model import embedded
 from loratune.model.causal import CausalModel
 from loratune.model.load import load_model
 from loratune.train import checkpoint, loop
-from loratune.train.config import DataConfig, ResolvedConfig, RunConfig, dump, load_run_config
+from loratune.train.config import DataConfig, ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
 from loratune.train.loop import OnEvent, Run
 from loratune.train.optim import Optimizer
 
@@ -58,7 +58,7 @@ def run(resolved: ResolvedConfig, on_event: OnEvent = _quiet) -> RunResult:
     """
     config = resolved.config
     output = Path(config.output)
-    _check_output(output)
+    check_output(output)
     _check_task(config.adapter.task_type)
     lora = config.adapter.to_lora_config()
     model, tokenizer = load_model(config.model, notify=_notifier(on_event))
@@ -82,7 +82,7 @@ def train(
     Raises AdapterError if no adapter is attached; otherwise as `run`.
     """
     attached = attached_to(model)
-    _check_output(Path(output))
+    check_output(Path(output))
     _check_task(attached.config.task_type)
     overrides = {f"train.{name}": value for name, value in settings.items()} | {
         "model": model.name_or_path or "(in memory)",
@@ -91,7 +91,7 @@ def train(
         "data.validation": None if validation is None else str(validation),
         "data.format": format,
     }
-    resolved = load_run_config(None, overrides)
+    resolved = load_run_config(None, overrides | adapter_overrides(attached.config), caller="loratune.train")
     return _start(attached, tokenizer, resolved, Path(output), on_event)
 
 
@@ -138,6 +138,7 @@ def _prepare(
     model: Any = attached.model
     encoder = Encoder(tokenizer, _context_length(model))
     training, validation = _datasets(config.data, encoder)
+    _check_ids(model, training, validation)
     causal = CausalModel(model)
     for note in causal.notes:
         on_event({"event": "notice", "message": note})
@@ -153,6 +154,17 @@ def _prepare(
         on_event=on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _check_ids(model: Any, *datasets: Dataset) -> None:
+    """A tokenizer may know a token more than the embedding has rows (Gemma 3's image token); no row may use it."""
+    rows: int = model.get_input_embeddings().num_embeddings
+    for dataset in datasets:
+        for document, source in zip(dataset.documents, dataset.sources, strict=True):
+            if document.input_ids.max() >= rows:
+                raise DataError(
+                    f"{source}: token {document.input_ids.max()} is not in the model, which has {rows:,} tokens."
+                )
 
 
 def _datasets(config: DataConfig, encoder: Encoder) -> tuple[Dataset, Dataset]:
@@ -223,8 +235,17 @@ def _write_adapter(state: Run, tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.save_pretrained(str(staging))
         files.write_json(staging / ABOUT, {"data_kind": state.train.kind, "steps": state.step, "best": state.best})
         files.atomic_write(staging / "README.md", _model_card(base, state))
-        for terms in embedded.terms_files(base):
-            files.atomic_write(staging / terms.name, terms.read_bytes())
+        write_terms(staging, base)
+
+
+def write_terms(folder: Path, base: str | None) -> None:
+    """Writes the terms that come with a base model (Gemma's: section 3.1 asks for them and a NOTICE) into a folder."""
+    notice = embedded.notice(base) if base else None
+    if base is None or notice is None:
+        return
+    files.atomic_write(folder / "NOTICE", notice + "\n")
+    for terms in embedded.terms_files(base):
+        files.atomic_write(folder / terms.name, terms.read_bytes())
 
 
 def _model_card(base: str | None, state: Run) -> str:
@@ -262,8 +283,8 @@ def adapter_info(path: str | Path) -> dict[str, Any]:
             "inputs": factor.A.shape[1],
             "outputs": factor.B.shape[0],
             "scale": factor.scale,
-            "norm_A": float(factor.A.norm()),
-            "norm_B": float(factor.B.norm()),
+            "norm_A": float(factor.A.detach().norm()),
+            "norm_B": float(factor.B.detach().norm()),
             "norm_update": _update_norm(factor.A, factor.B, factor.scale),
         }
         for site, factor in adapter.factors.items()
@@ -294,7 +315,7 @@ def adapter_folder(path: Path) -> Path:
     raise ConfigError(f"{path} is neither an adapter ({peft_format.CONFIG}) nor a finished run (adapter/).")
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     if output.exists():
         raise ConfigError(
             f"the output directory {output} exists already. Choose another name, or continue it: "

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged_directory(target: Path, *, replace: bool = False) -> Generator[Path]:
     """Yields an empty directory that becomes `target` when the block ends without an error.
 
     Every file in it is flushed before the rename. With `replace`, an existing target is moved aside first
@@ -112,6 +112,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         yield staging
         for folder, _, names in os.walk(staging):
             for name in names:
+                os.chmod(Path(folder, name), 0o666 & ~_umask())  # safetensors writes files only their owner can read
                 sync_file(Path(folder, name))
             sync_directory(Path(folder))
         _swap_in(staging, target)

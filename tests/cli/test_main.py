@@ -141,8 +141,9 @@ def test_each_error_has_its_exit_code(
     assert json.loads(capsys.readouterr().out) == expected
 
 
-def test_interrupted_at_once_is_130(monkeypatch: Any) -> None:
-    monkeypatch.setattr(main, "app", raising(KeyboardInterrupt()))
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()])
+def test_interrupted_at_once_is_130(error: BaseException, monkeypatch: Any) -> None:
+    monkeypatch.setattr(main, "app", raising(error))
     assert main.run([]) == 130
 
 

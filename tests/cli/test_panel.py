@@ -61,7 +61,7 @@ step  2/12  loss 0.7000  gradient 0.83  rate 5.00e-04  1,234 tokens/s  1.9 GB
 saved step 2: runs/a/checkpoints/step-000002
 evaluation at step 2: loss 0.6000 (95%: 0.5500 to 0.6500)  perplexity 2.72  64 rows, 3,000 tokens
 done: 2 steps in 1:02:05
-evaluation loss: 1.0000 at first, best 0.6000 at step 2
+evaluation loss: 1.0000 at step 0, best 0.6000 at step 2
 everything is in runs/a; next:
   loratune chat runs/a
   loratune export runs/a --to merged --output DIR

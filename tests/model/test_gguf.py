@@ -103,8 +103,9 @@ def test_the_tokenizer_survives_saving(architecture: str, tmp_path: Path) -> Non
         assert ours.decode(ids, skip_special_tokens=True).strip() == text.removeprefix("<eos>").strip()
     assert (ours("a")["input_ids"][0] == ours.bos_token_id) == (architecture != "qwen2")
     ours.save_pretrained(tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
-    assert not {"is_local", "local_files_only"} & set(config)
+    for folder in (gguf.converted(path), tmp_path / "saved"):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert not {"is_local", "local_files_only"} & set(config)
 
 
 BROKEN = {
@@ -131,6 +132,7 @@ def test_linear_rotary_scaling_is_carried_over(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", keys=keys)
     config = json.loads((gguf.converted(path) / "config.json").read_text())
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 8.0, "rope_theta": 10_000.0}
+    assert config["rms_norm_eps"] == 1e-6  # float32 in the file
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
@@ -158,10 +160,19 @@ def test_the_reader_agrees_with_the_official_one(llama: Path) -> None:
 def test_a_file_cut_anywhere_is_refused(llama: Path, tmp_path: Path) -> None:
     whole = llama.read_bytes()
     cut = tmp_path / "cut.gguf"
-    for length in [*range(0, 600), *range(600, len(whole), 997), len(whole) - 1]:
+    for length in [*range(0, 600), *range(600, len(whole), 4999), len(whole) - 1]:
         cut.write_bytes(whole[:length])
         with pytest.raises(ConfigError):
             read(cut)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(llama: Path) -> None:
+    whole, name = bytearray(llama.read_bytes()), b"blk.0.attn_norm.weight"
+    place = whole.index(name) + len(name) + 4 + 8  # past the number of dimensions and the one dimension, 64
+    whole[place : place + 4] = struct.pack("<I", ggml.GGMLQuantizationType.Q4_K)  # blocks of 256
+    llama.write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"attn_norm\.weight of shape \(64,\) in blocks of 256"):
+        read(llama)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -20,6 +20,7 @@ from loratune.train.config import (
     Preset,
     RunConfig,
     TaskType,
+    adapter_overrides,
     dump,
     load_run_config,
 )
@@ -74,6 +75,28 @@ def test_a_rank_of_ones_own_doubles_into_alpha_and_says_so() -> None:
     assert resolved.origins["adapter.r"] == "--r"
     assert resolved.origins["adapter.lora_alpha"] == "2 r"
     assert resolved.origins["adapter.target_modules"] == "preset quality"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(),
+        LoraConfig(r=3, lora_alpha=5, target_modules=["a", "b"], rank_pattern={"a": 2}, layers_to_transform=[1]),
+        LoraConfig.preset("deep", use_rslora=True, init_lora_weights="gaussian", modules_to_save=["lm_head"]),
+        LoraConfig(target_modules=r".*\.q", exclude_modules="x", bias="all", task_type="SEQ_CLS", lora_dropout=0.0),
+    ],
+)
+def test_an_attached_adapter_is_written_down_whole(lora: LoraConfig) -> None:
+    resolved = load_run_config(None, {**MINIMAL, **adapter_overrides(lora)}, caller="loratune.train")
+    written = resolved.config.adapter.to_lora_config()
+    assert written == lora.with_(task_type=lora.task_type or "CAUSAL_LM")
+    assert resolved.origins["adapter.r"] == "loratune.train"
+
+
+def test_arguments_of_a_function_are_not_called_flags() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(None, {**MINIMAL, "train.epoch": 2}, caller="loratune.train")
+    assert str(caught.value) == "loratune.train: unknown key 'epoch' in train; did you mean 'epochs'?"
 
 
 UNKNOWN_TRAIN_KEYS = (

@@ -173,11 +173,13 @@ class Attached:
             for name in dict.fromkeys(names)
             if name is not None
         }
-        before, everything.shared.rows = everything.shared.rows, index
+        shared = everything.shared
+        before = shared.rows, shared.num_rows
+        shared.rows, shared.num_rows = index, len(names)
         try:
             yield
         finally:
-            everything.shared.rows = before
+            shared.rows, shared.num_rows = before
 
     def train_mode(self, on: bool = True) -> None:
         """Puts the adapter, and only it, into training mode: its dropout is on, the frozen base stays as it is."""

@@ -45,7 +45,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     parameters = sorted(model.named_parameters(), key=lambda item: item[0])
     structure = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in parameters]).encode()).hexdigest()
     ends = np.cumsum([parameter.numel() for _, parameter in parameters])
-    if not len(ends):
+    if not len(ends) or any(parameter.is_meta for _, parameter in parameters):  # nothing to sample
         return Fingerprint(structure, b"")
     positions = (np.arange(NUM_SAMPLES, dtype=np.int64) * int(ends[-1])) // NUM_SAMPLES
     owners = np.searchsorted(ends, positions, side="right")

@@ -61,25 +61,31 @@ def _trained_module(module: nn.Module) -> nn.Module:
 
 
 def place_loose(model: nn.Module, adapter: Adapter, found: Sequence[Site]) -> None:
-    """Gives the file's other tensors their place: trained biases and saved modules. All must fit, none may be left."""
+    """Gives the file's other tensors their place: trained biases and saved modules. All must fit, none may be left.
+
+    What has its place already (the adapter was attached before) keeps it. On an error the adapter is as it was.
+    """
+    loose, saved, biases = dict(adapter.loose), dict(adapter.saved), dict(adapter.biases)
     for path in sites.saved_paths(model, adapter.config):
-        adapter.saved[path] = _filled(model.get_submodule(path), path, adapter.loose)
+        if path not in saved:
+            saved[path] = _filled(model.get_submodule(path), path, loose)
     for path in sites.bias_paths(model, adapter.config, found):
-        original = owner_of(model, path)._parameters["bias"]
-        adapter.biases[path] = nn.Parameter(_taken(adapter.loose, path, original))
-    for path in list(adapter.loose):
-        _drop_unchanged_weight(model, path, adapter.loose)
-    if adapter.loose:
+        if path not in biases:
+            biases[path] = nn.Parameter(_taken(loose, path, owner_of(model, path)._parameters["bias"]))
+    for path in list(loose):
+        _drop_unchanged(model, path, loose)
+    if loose:
         raise AdapterError(
-            f"{len(adapter.loose)} tensors of the adapter have no place in {type(model).__name__}; first: "
-            f"{next(iter(adapter.loose))}. Nothing was attached."
+            f"{len(loose)} tensors of the adapter have no place in {type(model).__name__}; first: "
+            f"{next(iter(loose))}. Nothing was attached."
         )
+    adapter.loose, adapter.saved, adapter.biases = loose, saved, biases
 
 
 def _filled(module: nn.Module, path: str, loose: dict[str, Tensor]) -> nn.Module:
     copied = _trained_module(module)
-    for name, parameter in copied.named_parameters():
-        parameter.data = _taken(loose, f"{path}.{name}", parameter)
+    for name, tensor in copied.state_dict().items():  # buffers too: the running means of a batch norm
+        tensor.copy_(_taken(loose, f"{path}.{name}", tensor))
     return copied
 
 
@@ -93,13 +99,14 @@ def _taken(loose: dict[str, Tensor], path: str, like: Tensor | None) -> Tensor:
     return tensor.to(like.device, like.dtype)
 
 
-def _drop_unchanged_weight(model: nn.Module, path: str, loose: dict[str, Tensor]) -> None:
-    """PEFT also writes the full weight of an adapted embedding or head; it must be the base's own, rounding aside."""
+def _drop_unchanged(model: nn.Module, path: str, loose: dict[str, Tensor]) -> None:
+    """PEFT also writes an adapted embedding or head in full, bias included; it must be the base's, rounding aside."""
     owner, _, name = path.rpartition(".")
-    if name != "weight" or owner not in dict(sites.logical_modules(model)):
+    if owner not in dict(sites.logical_modules(model)):
         return
-    base: Tensor = unwrapped(model.get_submodule(owner)).weight  # type: ignore[assignment]
-    stored = loose[path]
+    base, stored = unwrapped(model.get_submodule(owner))._parameters.get(name), loose[path]
+    if base is None:
+        return
     if stored.shape != base.shape or not torch.allclose(
         stored.float(), base.detach().float().cpu(), rtol=2**-7, atol=1e-4
     ):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from loratune.adapter.factor import LowRank
 from loratune.adapter.hosts import Host
-from loratune.adapter.summary import tied
 from loratune.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
             f"merging {attached.name!r} would drop the other attached adapters: {others}. Detach them first."
         )
     everything.activate(model, ())
-    untied = tied(model, list(adapter.factors))
     for path, factor in adapter.factors.items():
         wrapper = everything.wrappers[path]
         weight: Any = wrapper.base.weight
@@ -65,15 +63,28 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
     everything.activate(model, (attached.name,))
     everything.originals.clear()  # trained biases and modules stay where they are
     everything.unwrap(model)
-    if untied:
-        _set_untied(model)
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # transformers keeps them, and saves by them
+    if any(_parameter(model, one) is not _parameter(model, other) for one, other in pairs.items()):
+        _untie(model, pairs)
     return model
 
 
-def _set_untied(model: nn.Module) -> None:
+def _parameter(model: nn.Module, path: str) -> nn.Parameter | None:
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner)._parameters[name]
+
+
+def _untie(model: nn.Module, pairs: dict[str, str]) -> None:
+    """Makes a model whose tied weights differ by now say so. transformers knows one switch for all pairs, so those
+    that are equal still (BART ties four) get tensors of their own: else they would be missing from what is saved."""
+    for path, other in pairs.items():
+        parameter = _parameter(model, path)
+        if parameter is not None and parameter is _parameter(model, other):
+            owner, _, name = path.rpartition(".")
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            model.get_submodule(owner)._parameters[name] = own
     config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):  # transformers keeps the tied pairs on the model, and saves by them
-        model.__dict__["all_tied_weights_keys"] = {}
+    model.__dict__["all_tied_weights_keys"] = {}

@@ -168,7 +168,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Fingerprint | None]:
 
 
 def _check_tensor(name: str, tensor: Tensor, file: Path) -> None:
-    if tensor.dtype not in _FLOATS:
+    counts = tensor.dtype == torch.int64 and _split(name)[1] is None  # a saved module's: batches a norm has seen
+    if tensor.dtype not in _FLOATS and not counts:
         raise AdapterError(f"{file}: {name} has type {tensor.dtype}; expected floating point numbers.")
     if not math.isfinite(float(tensor.detach().double().sum())):
         raise AdapterError(f"{file}: {name} holds values that are not finite (NaN or infinity).")

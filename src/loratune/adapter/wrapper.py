@@ -14,6 +14,7 @@ from loratune.adapter.dropout import Noise
 from loratune.adapter.factor import LowRank
 from loratune.adapter.fused import lora_linear
 from loratune.adapter.hosts import Host
+from loratune.errors import AdapterError
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Shared:
     """What all wrappers of one model look at: whose rows are whose, and the dropout noise."""
 
     rows: Mapping[str, Tensor] | None = None  # adapter name -> indices of the batch rows it serves
+    num_rows: int = 0
     noise: Noise | None = None  # None: dropout from torch's global generator
     num_sites: int = field(default=0)
 
@@ -65,6 +67,11 @@ class Adapted(nn.Module):
         return self.host.input_grad is not None and not any(p.requires_grad for p in self.base.parameters())
 
     def _by_rows(self, y: Tensor, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        if len(x) != self.shared.num_rows:  # another batch, or a model that flattens it before a layer (OPT's fc1)
+            raise AdapterError(
+                f"rows: {self.shared.num_rows} names were given, but a {type(self.base).__name__} got an input of "
+                f"{tuple(x.shape)}: expected one name per row of the batch, and layers that see the batch by rows."
+            )
         for name, index in rows.items():
             factor = self.placed.get(name)
             if factor is not None:

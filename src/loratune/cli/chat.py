@@ -119,6 +119,8 @@ def _questions(console: "Console", as_json: bool) -> Iterator[str]:
         except EOFError:
             return
         if text.strip():
+            if not talks:  # nobody saw it typed
+                console.print(f"> {text}", style="bold", markup=False, highlight=False, soft_wrap=True)
             yield text
 
 

@@ -86,7 +86,7 @@ def _pairs(title: str, values: Mapping[str, Any]) -> Any:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, value in values.items():
-        table.add_row(shown(name.replace("_", " ")), shown(value))
+        table.add_row(shown(name), shown(value))
     return table
 
 
@@ -94,7 +94,9 @@ def _rows(title: str, rows: list[Mapping[str, Any]]) -> Any:
     table = _table(title)
     for name in rows[0]:
         number = all(isinstance(row.get(name), int | float) for row in rows)
-        table.add_column(shown(name.replace("_", " ")), justify="right" if number else "left", header_style="dim")
+        table.add_column(
+            shown(name), justify="right" if number else "left", header_style="dim", no_wrap=number, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(shown(row.get(name)) for name in rows[0]))
     return table

@@ -297,7 +297,8 @@ def ending(event: Event, evaluations: Sequence[Event]) -> str:
     lines: list[str] = []
     if len(evaluations) > 1:
         first, best = evaluations[0], min(evaluations, key=lambda item: item["loss"])
-        lines.append(f"evaluation loss: {first['loss']:.4f} at first, best {best['loss']:.4f} at step {best['step']}")
+        start = f"{first['loss']:.4f} at step {first['step']}"
+        lines.append(f"evaluation loss: {start}, best {best['loss']:.4f} at step {best['step']}")
     if event["status"] == "stopped":
         return "\n".join([*lines, f"go on with:  loratune train --resume {output}"])
     lines.append(f"everything is in {output}; next:")

@@ -26,6 +26,7 @@ KEYS = {
     "micro_batch_tokens": "train.micro_batch_tokens",
     "learning_rate": "train.learning_rate",
     "seed": "train.seed",
+    "allow_uneven": "train.allow_uneven",
     "eval_every": "train.eval_every",
     "save_every": "train.save_every",
 }
@@ -66,6 +67,10 @@ def train(
     seed: Annotated[int | None, _option("Of initial values, order and dropout (default: 0).", "N", "Training")] = None,
     eval_every: Annotated[int | None, _option("Steps between evaluations.", "N", "Training")] = None,
     save_every: Annotated[int | None, _option("Steps between checkpoints.", "N", "Training")] = None,
+    allow_uneven: Annotated[
+        bool | None,
+        typer.Option("--allow-uneven", help="Train a target that only some layers have.", rich_help_panel="Adapter"),
+    ] = None,
 ) -> int:
     """Tune a model on your rows. Flags override the YAML file; Ctrl-C saves, and --resume goes on from there."""
     given = {key: context.params[name] for name, key in KEYS.items() if context.params[name] is not None}

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from loratune.errors import ConfigError
 from loratune.model import embedded, gguf
@@ -183,8 +185,8 @@ def load_model(
     a tokenizer with more tokens than the embedding has rows.
     """
     task = _known("task_type", task_type, TASKS)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _dtype(dtype, device)
+    place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(dtype, place)
     source = resolve(name, notify)
     tokenizer = _tokenizer(source)
     model = _weights(task, source, dtype, notify)
@@ -192,9 +194,9 @@ def load_model(
     check_vocabulary(model, tokenizer)
     model.name_or_path = model.config._name_or_path = source.name
     try:
-        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # transformers decorates `to`
+        model.to(place)  # pyright: ignore[reportArgumentType]  # transformers decorates `to`
     except RuntimeError as error:
-        raise ConfigError(f"cannot put {source.name} on the device {device!r}: {_first_line(error)}") from error
+        raise ConfigError(f"cannot put {source.name} on {place}: {_first_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -211,15 +213,30 @@ def _known(what: str, value: str, table: dict[str, Any]) -> Any:
     return table[value]
 
 
-def _dtype(wish: str | torch.dtype | None, device: str) -> str | torch.dtype:
+def _device(wish: str) -> torch.device:
+    try:
+        device = torch.device(wish)
+    except RuntimeError as error:
+        raise ConfigError(f"the device {wish!r} is not known; expected cpu, cuda, cuda:1, mps or another.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no device {wish!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices. Use cpu."
+        )
+    return device
+
+
+def _dtype(wish: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
     if wish is None:
-        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+        return torch.float32 if device.type == "cpu" else "auto"
     return wish if isinstance(wish, torch.dtype) else _known("dtype", wish, DTYPES)
 
 
 def _weights(task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None) -> PreTrainedModel:
     try:
-        model, report = task.from_pretrained(source.path, dtype=dtype, local_files_only=True, output_loading_info=True)
+        with _no_progress_bar():
+            model, report = task.from_pretrained(
+                source.path, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load the model in {source.path}: {_first_line(error)}") from error
     kind = type(model).__name__
@@ -231,6 +248,18 @@ def _weights(task: Any, source: Source, dtype: str | torch.dtype, notify: Notify
     if (unused := report["unexpected_keys"]) and notify is not None:
         notify(f"{source.name}: {len(unused)} stored tensors are not part of {kind}; first: {min(unused)}")
     return model
+
+
+@contextmanager
+def _no_progress_bar() -> Generator[None]:
+    """Loading local weights takes seconds, and transformers draws a bar for it over whatever the terminal shows."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -147,13 +147,14 @@ _REQUIRED: dict[KeyPath, str] = {
 }
 
 
-def load_run_config(path: Path | None, overrides: Mapping[str, Any]) -> ResolvedConfig:
+def load_run_config(path: Path | None, overrides: Mapping[str, Any], *, caller: str | None = None) -> ResolvedConfig:
     """Reads a run's YAML file and puts `overrides`, by dotted key such as "train.epochs", over it; None is no override.
 
+    The overrides are the command line's flags, or the arguments of the function named by `caller`.
     Raises ConfigError, one line per problem, each with file and line or flag: unknown key (with the nearest one),
     wrong type or range, missing value, and whatever `yaml_lines.read_mapping` refuses.
     """
-    values, origins = _merged(path, {key: value for key, value in overrides.items() if value is not None})
+    values, origins = _merged(path, {key: value for key, value in overrides.items() if value is not None}, caller)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -163,6 +164,12 @@ def load_run_config(path: Path | None, overrides: Mapping[str, Any]) -> Resolved
         problems = (_problem(item, values, origins, file) for item in items)
         raise ConfigError("\n".join(dict.fromkeys(problems))) from error
     return _with_adapter(config, {_dotted(key): origin for key, origin in origins.items()}, path)
+
+
+def adapter_overrides(lora: "LoraConfig") -> dict[str, Any]:
+    """Returns an adapter's settings as overrides, so that a run's file holds what was attached."""
+    names = (name for name in AdapterConfig.model_fields if name != "preset")
+    return {f"adapter.{name}": _listed(getattr(lora, name)) for name in names}
 
 
 def flag_of(key: str) -> str:
@@ -182,7 +189,9 @@ def dump(resolved: ResolvedConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _merged(path: Path | None, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def _merged(
+    path: Path | None, overrides: dict[str, Any], caller: str | None
+) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """Returns the nested values of file and overrides, and the origin of each key that was given."""
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
@@ -198,7 +207,7 @@ def _merged(path: Path | None, overrides: dict[str, Any]) -> tuple[dict[str, Any
         target = values[sections[0]] if sections else values
         if isinstance(target, dict):  # a section that is not one is reported by the validation
             target[key] = value
-            origins[(*sections, key)] = flag_of(dotted)
+            origins[(*sections, key)] = caller or flag_of(dotted)
     return values, origins
 
 
@@ -208,8 +217,8 @@ def _with_adapter(config: RunConfig, given: dict[str, str], path: Path | None) -
         lora = config.adapter.to_lora_config()
     except ConfigError as error:
         raise ConfigError(f"{path or 'flags'}: adapter: {error}") from error
-    filled = {name: _listed(getattr(lora, name)) for name in AdapterConfig.model_fields if name != "preset"}
     preset = config.adapter.preset or "fast"
+    filled = {key.removeprefix("adapter."): value for key, value in adapter_overrides(lora).items()}
     adapter = config.adapter.model_copy(update={"preset": preset, **filled})
     config = config.model_copy(update={"adapter": adapter})
     from_preset = {f"adapter.{name}": f"preset {preset}" for name in _PRESET_FIELDS}

@@ -195,7 +195,8 @@ class _Clock:
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         return {
             **line,
-            "seconds": seconds,
+            "seconds": self.seconds,
+            "step_seconds": seconds,
             "tokens_per_second": line["num_tokens"] / seconds,
             "seconds_left": self.seconds / self.steps * (run.num_steps - run.step),
             "memory_bytes": peak_memory_bytes(run.causal.device),
