@@ -29,8 +29,8 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields every trained tensor under the name it has in the model: "<path>.A", "<path>.B", "<path>.bias" ..."""
         for path, factor in self.factors.items():
-            yield f"{path}.A", factor.A
-            yield f"{path}.B", factor.B
+            for name, parameter in factor.named_parameters():
+                yield f"{path}.{name}", parameter
         yield from self.biases.items()
         for path, module in self.saved.items():
             for name, parameter in module.named_parameters():

@@ -17,10 +17,11 @@ from torch import nn
 from loratune.adapter import making, peft_format, sites
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig
+from loratune.adapter.factor import LowRank
 from loratune.adapter.fingerprint import Fingerprint, fingerprint
 from loratune.adapter.sites import Site, owner_of
 from loratune.adapter.summary import summarize
-from loratune.adapter.wrapper import Adapted, Shared
+from loratune.adapter.wrapper import Adapted, AdaptedWeights, Shared, Slot, lookup, parent_of
 from loratune.errors import AdapterError, ConfigError
 
 _ATTRIBUTE = "_loratune"
@@ -33,24 +34,34 @@ class Attachments:
     def __init__(self, model: nn.Module) -> None:
         self.shared = Shared()
         self.adapters: dict[str, Adapter] = {}
-        self.wrappers: dict[str, Adapted] = {}
+        self.wrappers: dict[str, Adapted | AdaptedWeights] = {}  # by the path of the module they stand around
+        self.slots: dict[str, Slot] = {}  # by the path of the site
         self.active: tuple[str, ...] = ()
         self.base: Fingerprint = fingerprint(model)
         self.required_grad = {name for name, p in model.named_parameters() if p.requires_grad}
-        self.originals: dict[
-            str, Any
-        ] = {}  # path -> the base's bias or module while a trained copy stands in its place
-        self.lists: dict[tuple[str, ...], dict[str, nn.ModuleList]] = {}  # active names -> path -> their factors there
+        # path -> the base's bias or module, while a trained copy stands in its place
+        self.originals: dict[str, Any] = {}
+        self.lists: dict[tuple[str, ...], list[tuple[Slot, nn.ModuleList]]] = {}  # active names -> what stands where
         model.requires_grad_(False)
 
     @staticmethod
     def of(model: nn.Module) -> "Attachments | None":
         return model.__dict__.get(_ATTRIBUTE)
 
-    def wrap(self, model: nn.Module, site: Site) -> None:
-        if site.path not in self.wrappers:
-            self.wrappers[site.path] = Adapted(site.module, site.host, self.shared)
-            _set_module(model, site.path, self.wrappers[site.path])
+    def place(self, model: nn.Module, site: Site, name: str, factor: LowRank) -> None:
+        """Wraps the site's module if it is not wrapped yet, and puts an adapter's factor at the site."""
+        if site.owner not in self.wrappers:
+            wrapper = (
+                Adapted(site.module, site.host, self.shared)
+                if site.parameter is None
+                else AdaptedWeights(site.module, self.shared)
+            )
+            _set_module(model, site.owner, wrapper)
+            self.wrappers[site.owner] = wrapper
+        wrapper = self.wrappers[site.owner]
+        slot = wrapper if isinstance(wrapper, Adapted) else wrapper.slot(site.parameter or "", site.host)
+        self.slots[site.path] = slot
+        slot.placed.setdefault(name, []).append(factor.to(site.weight.device))
 
     def activate(self, model: nn.Module, names: tuple[str, ...]) -> None:
         """Makes these adapters, and no others, the active ones: their updates add up."""
@@ -58,28 +69,29 @@ class Attachments:
             raise AdapterError(
                 "only one active adapter can train biases or whole modules; their copies cannot be added."
             )
-        for path in {path for name in self.active for path in self.adapters[name].factors} - set(self._lists(names)):
-            self.wrappers[path].active = nn.ModuleList()
-        for path, factors in self._lists(names).items():
-            self.wrappers[path]._modules["active"] = factors
+        after = self._lists(names)
+        for slot, _ in self._lists(self.active):
+            slot._modules["active"] = _NOTHING
+        for slot, factors in after:
+            slot._modules["active"] = factors
         self._restore_originals(model)
         for name in names:
             self._swap_in(model, self.adapters[name])
         self.active = names
 
-    def _lists(self, names: tuple[str, ...]) -> dict[str, nn.ModuleList]:
-        """Returns path -> the factors of these adapters there, made once so that switching is a few assignments."""
+    def _lists(self, names: tuple[str, ...]) -> list[tuple[Slot, nn.ModuleList]]:
+        """Returns the factors of these adapters slot by slot, made once so that switching is a few assignments."""
         if names not in self.lists:
-            paths = dict.fromkeys(path for name in names for path in self.adapters[name].factors)
-            self.lists[names] = {
-                path: nn.ModuleList(f for name in names if (f := self.adapters[name].factors.get(path)) is not None)
-                for path in paths
-            }
+            slots = {id(slot): slot for slot in (self.slots[p] for name in names for p in self.adapters[name].factors)}
+            self.lists[names] = [
+                (slot, nn.ModuleList(factor for name in names for factor in slot.placed.get(name, ())))
+                for slot in slots.values()
+            ]
         return self.lists[names]
 
     def _swap_in(self, model: nn.Module, adapter: Adapter) -> None:
         for path, module in adapter.saved.items():
-            self.originals[path] = model.get_submodule(path)
+            self.originals[path] = lookup(model, path)
             _set_module(model, path, module)
         for path, bias in adapter.biases.items():
             owner = owner_of(model, path)
@@ -97,8 +109,8 @@ class Attachments:
     def forget(self, name: str) -> None:
         del self.adapters[name]
         self.lists = {names: value for names, value in self.lists.items() if name not in names}
-        for wrapper in self.wrappers.values():
-            wrapper.placed.pop(name, None)
+        for slot in self.slots.values():
+            slot.placed.pop(name, None)
 
     def unwrap(self, model: nn.Module) -> None:
         """Takes every wrapper off: the plain model, trainable where it was."""
@@ -184,7 +196,7 @@ class Attached:
     def train_mode(self, on: bool = True) -> None:
         """Puts the adapter, and only it, into training mode: its dropout is on, the frozen base stays as it is."""
         for path in self.adapter.factors:
-            self._all.wrappers[path].training = on
+            self._all.slots[path].training = on
         for module in self.adapter.saved.values():
             module.train(on)
 
@@ -238,14 +250,14 @@ def attach(
             found = sites.find(model, what)
             adapter = making.new_adapter(model, what, found, base, seed)
         else:
-            found = sites.match(model, what, base, allow_base=allow_base)
-            adapter = what
+            found = sites.find_for(model, what)
+            adapter = making.fitted_to(what, found)
+            sites.match(type(model).__name__, found, adapter, base, allow_base=allow_base)
             making.place_loose(model, adapter, found)
     everything = existing or Attachments(model)
     model.__dict__[_ATTRIBUTE] = everything
     for site in found:
-        everything.wrap(model, site)
-        everything.wrappers[site.path].placed[name] = adapter.factors[site.path].to(_device(site.module))
+        everything.place(model, site, name, adapter.factors[site.path])
     everything.adapters[name] = adapter
     attached = Attached(model, name)
     attached.activate()
@@ -259,9 +271,8 @@ def load_adapter(
 
     Raises AdapterError. `allow_base` accepts other base weights than the adapter was trained on.
     """
-    adapter = peft_format.read(Path(path))
-    attached = attach(model, adapter, name, allow_base=allow_base)
-    for _, parameter in adapter.named_parameters():
+    attached = attach(model, peft_format.read(Path(path)), name, allow_base=allow_base)
+    for _, parameter in attached.adapter.named_parameters():
         parameter.requires_grad_(trainable)
     return attached
 
@@ -293,9 +304,8 @@ def _plain(model: nn.Module, everything: Attachments | None) -> Generator[None]:
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
+    parent, name = parent_of(model, path)
+    parent._modules[name] = module
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+_NOTHING = nn.ModuleList()

@@ -12,7 +12,7 @@ from loratune.errors import ConfigError
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")
-INIT_NAMES = (True, False, "gaussian")
+INIT_NAMES = ("gaussian", "orthogonal", "pissa", "olora")
 
 # PEFT's defaults where ours differ: a file that lacks the field means PEFT's value.
 _PEFT_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None}
@@ -22,19 +22,14 @@ _PEFT_UNUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "corda_config": (None,),
-    "ensure_weight_tying": (False,),
     "eva_config": (None,),
     "kasa_config": (None,),
     "layer_replication": (None,),
     "loftq_config": (None, {}),
-    "lora_bias": (False,),
     "lora_ga_config": (None,),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
@@ -52,7 +47,10 @@ class LoraConfig:
     scale = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732).
     `lora_alpha` left out means 2 r. `target_modules` is a list of names or dotted suffixes, a regular expression that
     matches the whole path, "all-linear", or the name of a preset (which sets the targets only; `LoraConfig.preset`
-    sets r, lora_alpha and lora_dropout too). Hu et al. 2021, arXiv 2106.09685; fields as in PEFT's LoraConfig.
+    sets r, lora_alpha and lora_dropout too). Hu et al. 2021, arXiv 2106.09685; fields as in PEFT's LoraConfig:
+    `use_dora` trains magnitudes too (arXiv 2402.09353), `lora_bias` a bias of B, `target_parameters` names parameters
+    of a module (stacked experts), `trainable_token_indices` rows of the embedding, `ensure_weight_tying` keeps a tied
+    head equal to its adapted embedding.
     """
 
     r: int = 8
@@ -69,14 +67,20 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    target_parameters: tuple[str, ...] | None = None
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.lora_alpha is None:  # pyright: ignore[reportUnnecessaryComparison]
             object.__setattr__(self, "lora_alpha", 2 * self.r)
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform"):
+        for name in _LISTS:
             object.__setattr__(self, name, _frozen_names(name, getattr(self, name)))
+        object.__setattr__(self, "trainable_token_indices", _frozen_tokens(self.trainable_token_indices))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         _check(self)
@@ -141,9 +145,25 @@ class LoraConfig:
         }
 
 
+_LISTS = [
+    *("target_modules", "exclude_modules", "target_parameters", "modules_to_save"),
+    *("layers_pattern", "layers_to_transform"),
+]
+
+
+def _frozen_tokens(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return MappingProxyType({name: tuple(indices) for name, indices in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _frozen_names(name: str, value: Any) -> Any:
     if value is None or isinstance(value, str | tuple):
-        return (value,) if name in ("modules_to_save", "layers_pattern") and isinstance(value, str) else value
+        return (
+            (value,)
+            if name in ("modules_to_save", "layers_pattern", "target_parameters") and isinstance(value, str)
+            else value
+        )
     if name == "layers_to_transform" and isinstance(value, int):
         return (value,)
     if isinstance(value, list | set | frozenset):
@@ -154,7 +174,7 @@ def _frozen_names(name: str, value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -187,15 +207,37 @@ def _check(config: LoraConfig) -> None:
         refuse("bias", 'one of "none", "all", "lora_only"')
     if config.task_type is not None and config.task_type not in TASK_TYPES:
         refuse("task_type", f"one of {', '.join(TASK_TYPES)}")
-    if not any(config.init_lora_weights is name or config.init_lora_weights == name for name in INIT_NAMES):
-        refuse("init_lora_weights", 'True, False or "gaussian"')
-    if not config.target_modules and not config.modules_to_save:
+    if not _known_init(config.init_lora_weights):
+        refuse("init_lora_weights", "True, False, " + ", ".join(repr(n) for n in INIT_NAMES) + ' or "pissa_niter_N"')
+    if not (
+        config.target_modules or config.modules_to_save or config.target_parameters or config.trainable_token_indices
+    ):
         refuse("target_modules", "at least one name, a preset or a regular expression")
+    _check_together(config)
     _check_patterns(config)
 
 
+def _known_init(name: Any) -> bool:
+    return isinstance(name, bool) or name in INIT_NAMES or re.fullmatch(r"pissa_niter_\d+", str(name)) is not None
+
+
+def _check_together(config: LoraConfig) -> None:
+    """Refuses fields that exclude each other, each for the reason given."""
+    if config.lora_bias and (config.use_dora or not isinstance(config.init_lora_weights, bool)):
+        raise ConfigError("lora_bias works with plain LoRA and init_lora_weights True or False only.")
+    if config.target_parameters and (config.lora_dropout or config.use_dora or config.lora_bias):
+        raise ConfigError(
+            "target_parameters changes weights, not outputs, so it takes no lora_dropout (set it to 0), use_dora or "
+            "lora_bias."
+        )
+
+
 def _check_patterns(config: LoraConfig) -> None:
-    if isinstance(config.target_modules, str) and (config.layers_to_transform or config.layers_pattern):
+    if (
+        isinstance(config.target_modules, str)
+        and config.target_modules
+        and (config.layers_to_transform or config.layers_pattern)
+    ):
         raise ConfigError(
             f"layers_to_transform and layers_pattern need target_modules as a list; found {config.target_modules!r}."
         )

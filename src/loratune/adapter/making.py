@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,44 +11,81 @@ from torch import Tensor, nn
 from loratune.adapter import sites
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.factor import LowRank
+from loratune.adapter.factor import LowRank, TokenRows, Transposed
 from loratune.adapter.fingerprint import Fingerprint
-from loratune.adapter.inits import INITS, embedding
+from loratune.adapter.hosts import needs_float32
+from loratune.adapter.inits import Begin, embedding, initialiser, is_subtracted, kaiming
 from loratune.adapter.sites import Site, owner_of
-from loratune.adapter.wrapper import unwrapped
+from loratune.adapter.variants import row_norms
+from loratune.adapter.wrapper import lookup
 from loratune.errors import AdapterError
 
 
 def new_adapter(
     model: nn.Module, config: LoraConfig, found: Sequence[Site], base: Fingerprint, seed: int | None
 ) -> Adapter:
+    """Begins every factor, trained bias and trained module of a configuration; the model is only read."""
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    factors = {site.path: _new_factor(site, config, seed) for site in found}
-    adapter = Adapter(config, factors, base=base)
+    adapter = Adapter(config, {}, base=base)
+    for site in found:
+        adapter.factors[site.path] = _new_factor(site, config, seed, adapter.factors)
     for path in sites.bias_paths(model, config, found):
         adapter.biases[path] = _trained_copy(owner_of(model, path)._parameters["bias"])
     for path in sites.saved_paths(model, config):
-        adapter.saved[path] = _trained_module(model.get_submodule(path))
+        adapter.saved[path] = _trained_module(lookup(model, path))
     return adapter
 
 
-def _new_factor(site: Site, config: LoraConfig, seed: int) -> LowRank:
-    """Begins a factor from a generator of its own, keyed by the seed and the path: other sites do not matter."""
+def _new_factor(site: Site, config: LoraConfig, seed: int, others: dict[str, LowRank]) -> LowRank:
+    if site.tied_to is not None:
+        return Transposed(others[site.tied_to])
+    dtype = needs_float32(site.weight)
+    if site.tokens is not None:
+        return TokenRows(torch.tensor(site.tokens), *site.sizes, dtype)
+    A, B = (half.to(dtype) for half in _begin(site, config, seed))
+    factor = LowRank(
+        A,
+        B,
+        site.scale,
+        config.lora_dropout if site.host.takes_dropout else 0.0,
+        bias=torch.zeros(B.shape[0], dtype=dtype) if config.lora_bias else None,
+        magnitude=torch.zeros(B.shape[0], dtype=dtype) if config.use_dora else None,
+        start=(A.clone(), B.clone()) if is_subtracted(config.init_lora_weights) else None,
+        groups=site.groups,
+    )
+    if factor.magnitude is not None:  # DoRA begins with the norms W has, so that step 0 is the base model
+        factor.magnitude.data.copy_(row_norms(site.host, site.weight, factor.to(site.weight.device)))
+    return factor
+
+
+def _begin(site: Site, config: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Begins A and B from a generator of the site's own, keyed by the seed and the path: other sites do not matter."""
     generator = torch.Generator().manual_seed(seed ^ int.from_bytes(_hash(site.path), "big") & (2**62 - 1))
-    initialise = embedding if site.host.kind == "Embedding" else INITS[config.init_lora_weights]
-    A, B = initialise(site.rank, *site.sizes, generator)
-    dtype = factor_dtype(site.module)
-    return LowRank(A.to(dtype), B.to(dtype), site.scale, config.lora_dropout)
+    shape_A, shape_B = site.shapes()
+    if site.host.kind == "Parameter" and len(shape_A) == 3:  # all experts as one factor, then apart
+        experts, rank, inputs = shape_A
+        A, B = kaiming(Begin(experts * rank, (inputs,), shape_B[1], site.scale, generator))
+        if config.init_lora_weights is False:
+            B.uniform_(-1, 1, generator=generator).mul_((experts * rank) ** -0.5)
+        return A.view(shape_A), B.view(shape_B[1], rank, experts).permute(2, 0, 1).contiguous()
+    begin = Begin(
+        rank=site.rank,
+        inputs=shape_A[1:],
+        outputs=shape_B[0],
+        scale=site.scale,
+        generator=generator,
+        weight=site.host.rows(site.weight) if site.groups == 1 else None,
+    )
+    initialise = initialiser(config.init_lora_weights)
+    assert initialise is not None
+    if site.host.kind == "Embedding" and config.init_lora_weights in (True, "gaussian"):
+        initialise = embedding
+    A, B = initialise(begin)
+    return A, B[:, : shape_B[1]].contiguous()
 
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:8]
-
-
-def factor_dtype(module: nn.Module) -> torch.dtype:
-    """Factors are float32, or float64 where the base is: never the half precision of a stored base."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _trained_copy(parameter: Tensor | None) -> nn.Parameter:
@@ -56,8 +94,80 @@ def _trained_copy(parameter: Tensor | None) -> nn.Parameter:
 
 
 def _trained_module(module: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(module)
-    return copied.requires_grad_(True)
+    return copy.deepcopy(module).requires_grad_(True)
+
+
+# ---- what a file holds ----------------------------------------------------------------------------------------------
+
+
+def fitted_to(adapter: Adapter, found: Sequence[Site]) -> Adapter:
+    """Returns the adapter with the paths and shapes of a model's sites: PEFT's keys name modules, and its files hold
+    stacked experts in one matrix, a grouped convolution's A for all inputs, and token rows as they are."""
+    by_key = {name: site for site in found if site.tied_to is None for name in (site.key, site.path)}
+    fitted: dict[str, LowRank] = {}
+    loose = dict(adapter.loose)
+    for key, factor in adapter.factors.items():
+        site = by_key.get(key)
+        fitted[key if site is None else site.path] = factor if site is None else _shaped(factor, site)
+    for site in found:
+        rows = loose.pop(f"{site.path}.trainable_tokens_delta", None) if site.tokens else None
+        if rows is not None:
+            fitted[site.path] = _token_rows(site, rows)
+    for site in found:
+        if site.tied_to is not None and site.tied_to in fitted:
+            fitted[site.path] = Transposed(fitted[site.tied_to])
+    return replace(adapter, factors=fitted, loose=loose, biases=dict(adapter.biases), saved=dict(adapter.saved))
+
+
+def _shaped(factor: LowRank, site: Site) -> LowRank:
+    if isinstance(factor, Transposed) or (tuple(factor.A.shape), tuple(factor.B.shape)) == site.shapes():
+        factor.groups = site.groups
+        return factor
+    return _unstacked(factor, site) if site.host.kind == "Parameter" else _grouped(factor, site)
+
+
+def _grouped(factor: LowRank, site: Site) -> LowRank:
+    """PEFT's A of a grouped convolution sees all inputs; ours sees its group's, which is the same if the rest is 0."""
+    groups = site.groups
+    if groups == 1:
+        return factor
+    factor.groups = groups
+    blocks = factor.A.detach().unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (g, R/g, g, I/g, ...)
+    own = torch.stack([blocks[group, :, group] for group in range(groups)])
+    if blocks.count_nonzero() != own.count_nonzero():
+        raise AdapterError(
+            f"{site.path}: this factor mixes the inputs of {groups} groups, which no grouped convolution's weight can "
+            "hold: it could not be merged. Nothing was attached."
+        )
+    factor.A = nn.Parameter(own.flatten(0, 1))
+    return factor
+
+
+def _unstacked(factor: LowRank, site: Site) -> LowRank:
+    shape_A, shape_B = site.shapes()
+    if len(shape_A) == 2:
+        return factor
+    experts, rank, inputs = shape_A
+    if factor.A.shape != (experts * rank, inputs) or factor.B.shape != (shape_B[1], experts * rank):
+        raise AdapterError(
+            f"{site.path}: found A {tuple(factor.A.shape)} and B {tuple(factor.B.shape)}, expected "
+            f"{(experts * rank, inputs)} and {(shape_B[1], experts * rank)} for {experts} experts. A file of PEFT 0.18 "
+            "holds them the other way round: load and save it once with a newer PEFT. Nothing was attached."
+        )
+    A = factor.A.detach().reshape(shape_A)
+    B = factor.B.detach().reshape(shape_B[1], rank, experts).permute(2, 0, 1).contiguous()
+    return LowRank(A, B, site.scale)
+
+
+def _token_rows(site: Site, rows: Tensor) -> TokenRows:
+    assert site.tokens is not None
+    index = torch.tensor(site.tokens)
+    factor = TokenRows(index, *site.sizes, needs_float32(site.weight))
+    if rows.shape != (len(index), site.sizes[1]):
+        raise AdapterError(f"{site.path}: found rows {tuple(rows.shape)}, expected {(len(index), site.sizes[1])}.")
+    weight = site.weight.detach()[index.to(site.weight.device)].cpu()
+    factor.B.data.copy_((rows.to(factor.B.dtype) - weight.to(factor.B.dtype)).T)
+    return factor
 
 
 def place_loose(model: nn.Module, adapter: Adapter, found: Sequence[Site]) -> None:
@@ -68,7 +178,7 @@ def place_loose(model: nn.Module, adapter: Adapter, found: Sequence[Site]) -> No
     loose, saved, biases = dict(adapter.loose), dict(adapter.saved), dict(adapter.biases)
     for path in sites.saved_paths(model, adapter.config):
         if path not in saved:
-            saved[path] = _filled(model.get_submodule(path), path, loose)
+            saved[path] = _filled(lookup(model, path), path, loose)
     for path in sites.bias_paths(model, adapter.config, found):
         if path not in biases:
             biases[path] = nn.Parameter(_taken(loose, path, owner_of(model, path)._parameters["bias"]))
@@ -102,11 +212,11 @@ def _taken(loose: dict[str, Tensor], path: str, like: Tensor | None) -> Tensor:
 def _drop_unchanged(model: nn.Module, path: str, loose: dict[str, Tensor]) -> None:
     """PEFT also writes an adapted embedding or head in full, bias included; it must be the base's, rounding aside."""
     owner, _, name = path.rpartition(".")
-    if owner not in dict(sites.logical_modules(model)):
-        return
-    base, stored = unwrapped(model.get_submodule(owner))._parameters.get(name), loose[path]
+    module = dict(sites.logical_modules(model)).get(owner)
+    base = module._parameters.get(name) if module is not None else None
     if base is None:
         return
+    stored = loose[path]
     if stored.shape != base.shape or not torch.allclose(
         stored.float(), base.detach().float().cpu(), rtol=2**-7, atol=1e-4
     ):

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loratune.adapter import sites
 from loratune.adapter.factor import LowRank
 from loratune.adapter.hosts import Host
+from loratune.adapter.variants import merged
 from loratune.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ class Loss:
     error_squared: float = 0.0
     update_squared: float = 0.0
 
+    @classmethod
+    def of(cls, error: Tensor, update: Tensor) -> "Loss":
+        return cls(float(error.double().square().sum()), float(update.double().square().sum()))
+
     def __add__(self, other: "Loss") -> "Loss":
         return Loss(self.error_squared + other.error_squared, self.update_squared + other.update_squared)
 
@@ -32,11 +38,17 @@ class Loss:
 def merged_weight(weight: Tensor, factor: LowRank, host: Host) -> tuple[Tensor, Loss]:
     """Returns W + s B A in W's type, and what rounding lost. The sum is formed in float32 (float64 for float64)."""
     exact = torch.promote_types(weight.dtype, torch.float32)
-    delta = host.oriented(factor.delta().to(weight.device, exact))
     wide = weight.detach().to(exact)
-    rounded = (wide + delta).to(weight.dtype)
-    error = (rounded.to(exact) - wide) - delta
-    return rounded, Loss(float(error.double().square().sum()), float(delta.double().square().sum()))
+    with torch.no_grad():
+        delta = merged(host, wide, factor) - wide if factor.magnitude is not None else host.oriented(factor.delta())
+    return added(weight, delta.to(weight.device, exact), weight.dtype)
+
+
+def added(weight: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Loss]:
+    """Returns W + delta, formed in delta's type and rounded once to `dtype`, and what rounding lost."""
+    wide = weight.detach().to(delta.dtype)
+    rounded = (wide + delta).to(dtype)
+    return rounded, Loss.of((rounded.to(delta.dtype) - wide) - delta, delta)
 
 
 def merge_in_memory(attached: "Attached") -> nn.Module:
@@ -55,11 +67,8 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
             f"merging {attached.name!r} would drop the other attached adapters: {others}. Detach them first."
         )
     everything.activate(model, ())
-    for path, factor in adapter.factors.items():
-        wrapper = everything.wrappers[path]
-        weight: Any = wrapper.base.weight
-        merged, _ = merged_weight(weight, factor, wrapper.host)
-        wrapper.base._parameters["weight"] = nn.Parameter(merged, requires_grad=weight.requires_grad)
+    for site in sites.find(model, adapter.config):
+        put_merged(site, adapter.factors[site.path])
     everything.activate(model, (attached.name,))
     everything.originals.clear()  # trained biases and modules stay where they are
     everything.unwrap(model)
@@ -67,6 +76,21 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
     if any(_parameter(model, one) is not _parameter(model, other) for one, other in pairs.items()):
         _untie(model, pairs)
     return model
+
+
+def put_merged(site: sites.Site, factor: LowRank) -> None:
+    """Gives a layer a new weight with the update in it (and a new bias, where the factor trains one)."""
+    owner, _, name = (site.parameter or "weight").rpartition(".")
+    holder = site.module.get_submodule(owner)
+    weight = site.weight
+    value, _ = merged_weight(weight, factor, site.host)
+    holder._parameters[name] = nn.Parameter(value, requires_grad=weight.requires_grad)
+    if factor.bias is not None:
+        bias = holder._parameters.get("bias")
+        if bias is None:
+            raise AdapterError(f"{site.path} has no bias, so the trained bias of its factor cannot be merged.")
+        total = bias.detach() + (factor.bias.detach() * factor.scale).to(bias)
+        holder._parameters["bias"] = nn.Parameter(total, requires_grad=bias.requires_grad)
 
 
 def _parameter(model: nn.Module, path: str) -> nn.Parameter | None:

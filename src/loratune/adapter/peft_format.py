@@ -20,15 +20,22 @@ from loratune import files
 from loratune.adapter import sites
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.factor import LowRank
+from loratune.adapter.factor import LowRank, TokenRows
 from loratune.adapter.fingerprint import Fingerprint
-from loratune.adapter.hosts import host_of
+from loratune.adapter.inits import is_subtracted
 from loratune.adapter.roles import minimal_targets
 from loratune.errors import AdapterError, ConfigError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
+_PARTS = {
+    **dict.fromkeys(_A, "A"),
+    **dict.fromkeys(_B, "B"),
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
 _METADATA = "loratune"
 _MAX_CONFIG_BYTES = 4 << 20
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -53,19 +60,72 @@ def write_into(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor],
 def encode(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the content of the two files: the configuration with expanded targets, and the tensors by PEFT's keys."""
     modules = dict(sites.logical_modules(model))
+    found = sites.find(model, adapter.config)
     tensors: dict[str, Tensor] = {}
-    for path, factor in adapter.factors.items():
-        embedding = isinstance(modules[path], nn.Embedding)
-        tensors[_PREFIX + path + _A[embedding]] = factor.A
-        tensors[_PREFIX + path + _B[embedding]] = factor.B
+    for site in found:
+        tensors.update({_PREFIX + key: value for key, value in _encoded(site, adapter.factors[site.path]).items()})
+    owners = {site.owner for site in found}
     for path, bias in adapter.biases.items():
         owner = path.rpartition(".")[0]
-        tensors[f"{_PREFIX}{owner}.base_layer.bias" if owner in adapter.factors else _PREFIX + path] = bias
+        tensors[f"{_PREFIX}{owner}.base_layer.bias" if owner in owners else _PREFIX + path] = bias
     for path, module in adapter.saved.items():
         tensors.update({f"{_PREFIX}{path}.{name}": value for name, value in module.state_dict().items()})
-    targets = minimal_targets(adapter.factors, modules)
+    layers = [site for site in found if site.tokens is None and site.key == site.owner and site.tied_to is None]
+    chosen = {site.owner for site in layers if not _is_stacked(site, adapter.config)}
     stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    return _named_base(adapter.config, model).to_peft(targets, _fan_in_fan_out(adapter, modules)), stored
+    config = _plain_lora(_named_base(adapter.config, model))
+    return config.to_peft(minimal_targets(chosen, modules), _fan_in_fan_out(found)), stored
+
+
+def _is_stacked(site: sites.Site, config: LoraConfig) -> bool:
+    return site.parameter is not None and any(sites.matches(name, site.path) for name in config.target_parameters or ())
+
+
+def _encoded(site: sites.Site, factor: LowRank) -> dict[str, Tensor]:
+    """Returns one factor's tensors as PEFT stores them, under PEFT's keys."""
+    if site.tied_to is not None and site.tokens is None and site.path.endswith(sites.TOKENS):
+        return {}
+    if isinstance(factor, TokenRows):
+        rows = site.weight.detach()[factor.indices].to(factor.B.dtype) + factor.B.T  # type: ignore[index]
+        return {f"{site.key}.trainable_tokens_delta": rows}
+    A, B = factor.pair(factor.A.dtype)
+    if B.ndim == 3:
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    elif site.host.kind == "Conv":
+        A, B = _for_all_inputs(A, site.groups), B[(...,) + (None,) * (A.ndim - 2)]
+    embedding = site.host.kind == "Embedding"
+    tensors = {site.key + _A[embedding]: A, site.key + _B[embedding]: B}
+    if factor.bias is not None:
+        tensors[f"{site.key}.lora_B.bias"] = factor.bias
+    if factor.magnitude is not None:
+        shape = (1, -1, *(1,) * (A.ndim - 2)) if site.host.kind == "Conv" else (-1,)
+        tensors[f"{site.key}.lora_magnitude_vector"] = factor.magnitude.view(shape)
+    return tensors
+
+
+def _for_all_inputs(A: Tensor, groups: int) -> Tensor:
+    """PEFT's A of a grouped convolution sees all inputs: its own group's, and zeros for the others."""
+    if groups == 1:
+        return A
+    blocks = A.unflatten(0, (groups, -1))  # (g, R/g, I/g, ...)
+    wide = torch.zeros(groups, blocks.shape[1], groups, *blocks.shape[2:], dtype=A.dtype, device=A.device)
+    for group in range(groups):
+        wide[group, :, group] = blocks[group]
+    return wide.flatten(2, 3).flatten(0, 1)
+
+
+def _plain_lora(config: LoraConfig) -> LoraConfig:
+    """An update s (B A - B0 A0) is stored as plain LoRA of rank 2 r and the same scale."""
+    if not is_subtracted(config.init_lora_weights):
+        return config
+    growth = math.sqrt(2) if config.use_rslora else 2
+    return config.with_(
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * growth,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: alpha * growth for name, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
 
 
 def _named_base(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -76,9 +136,8 @@ def _named_base(config: LoraConfig, model: nn.Module) -> LoraConfig:
     )  # fmt: skip
 
 
-def _fan_in_fan_out(adapter: Adapter, modules: dict[str, nn.Module]) -> bool:
-    hosts = [host_of(modules[path]) for path in adapter.factors]
-    return bool(hosts) and all(host is not None and host.fan_in_fan_out for host in hosts)
+def _fan_in_fan_out(found: list[sites.Site]) -> bool:
+    return bool(found) and all(site.host.fan_in_fan_out for site in found)
 
 
 def read(path: Path) -> Adapter:
@@ -89,40 +148,45 @@ def read(path: Path) -> Adapter:
     """
     config = _read_config(path)
     tensors, base = _read_tensors(path)
-    halves: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     loose: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        owner, half = _split(key)
-        if half is None:
+        owner, part = _split(key)
+        if part is None:
             loose[owner] = tensor
         else:
-            halves.setdefault(owner, {})[half] = tensor
-    factors = {owner: _factor(owner, pair, config, path) for owner, pair in halves.items()}
+            parts.setdefault(owner, {})[part] = tensor
+    factors = {owner: _factor(owner, found, config, path) for owner, found in parts.items()}
     if not factors and not loose:
         raise AdapterError(f"{path / WEIGHTS} holds no tensors; this is not an adapter.")
     return Adapter(config, factors, loose=loose, base=base)
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """Returns (module path, "A" or "B") for a factor's key, (parameter path, None) for any other."""
+    """Returns (site's key, "A" | "B" | "bias" | "magnitude") of a factor's tensor, (parameter path, None) of others."""
     path = key.removeprefix(_PREFIX)
-    for half, suffixes in (("A", _A), ("B", _B)):
-        for suffix in suffixes:
-            if path.endswith(suffix):
-                return path.removesuffix(suffix), half
+    for suffix, part in _PARTS.items():
+        if path.endswith(suffix):
+            return path.removesuffix(suffix), part
     return path.replace(".base_layer.", "."), None
 
 
-def _factor(owner: str, pair: dict[str, Tensor], config: LoraConfig, path: Path) -> LowRank:
-    if set(pair) != {"A", "B"}:
-        raise AdapterError(f"{path}: {owner} has lora_{next(iter(pair))} but not its other half.")
-    A, B, rank = pair["A"], pair["B"], config.rank(owner)
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
+def _factor(owner: str, parts: dict[str, Tensor], config: LoraConfig, path: Path) -> LowRank:
+    if not {"A", "B"} <= set(parts):
+        raise AdapterError(f"{path}: {owner} has lora_{next(iter(parts))} but not its other half.")
+    A, B, rank = parts["A"], parts["B"], config.rank(owner)
+    B = B.flatten(1) if A.ndim > 2 else B  # a convolution's B has a kernel of size 1
+    stacked = bool(config.target_parameters)  # (experts * r, ...): checked against the model's number of experts
+    if A.ndim < 2 or B.ndim != 2 or (not stacked and (A.shape[0] != rank or rank % B.shape[1])):
         raise AdapterError(
             f"{path}: {owner} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} gives rank {rank} there."
         )
     dtype = torch.promote_types(A.dtype, torch.float32)
-    return LowRank(A.to(dtype), B.to(dtype), config.scale(owner), config.lora_dropout)
+    bias, magnitude = (parts[name].flatten().to(dtype) if name in parts else None for name in ("bias", "magnitude"))
+    dropout, groups = config.lora_dropout, 1 if stacked else rank // B.shape[1]
+    return LowRank(
+        A.to(dtype), B.to(dtype), config.scale(owner), dropout, bias=bias, magnitude=magnitude, groups=groups
+    )
 
 
 def _read_config(path: Path) -> LoraConfig:

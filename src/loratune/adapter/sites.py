@@ -2,52 +2,85 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from loratune.adapter import roles
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig, pattern_matches
 from loratune.adapter.fingerprint import Fingerprint
-from loratune.adapter.hosts import HOST_KINDS, Host, host_of
-from loratune.adapter.wrapper import Adapted, unwrapped
+from loratune.adapter.hosts import HOST_KINDS, LINEAR, Host, host_of, num_experts, stacked
+from loratune.adapter.wrapper import lookup, unwrapped
 from loratune.errors import AdapterError, ConfigError
 
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
+TOKENS = "token_adapter"  # the last part of the path of a site of trained embedding rows, as in PEFT's keys
+
+
 @dataclass(frozen=True)
 class Site:
-    """One layer that gets a factor: where it is, what kind it is, and the factor's sizes and scale."""
+    """One weight that gets a factor: where it is, what kind it is, and the factor's rank and scale.
+
+    path: the layer's, or the parameter's where the module keeps it to itself; owner: the module to be wrapped;
+    parameter: its name inside the owner, None for a layer's own weight; key: what PEFT's files call the site.
+    tokens: the rows of an embedding that are trained; tied_to: the site whose factor this one shares, transposed.
+    """
 
     path: str
     module: nn.Module
     host: Host
     rank: int
     scale: float
+    owner: str
+    key: str
+    parameter: str | None = None
+    tokens: tuple[int, ...] | None = None
+    tied_to: str | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """(inputs, outputs) of the layer."""
+        """(inputs, outputs) of the weight."""
         return self.host.sizes(self.module)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.get_parameter(self.parameter or "weight")
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1) if self.host.kind == "Conv" else 1
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B: (R, *inputs) and (O, R / groups), or (E, R, I) and (E, O, R) of stacked experts."""
+        A, B = (self.rank, *self.host.inputs(self.module)), (self.host.outputs(self.module), self.rank // self.groups)
+        experts = num_experts(self.weight) if self.host.kind == "Parameter" else None
+        return (A, B) if experts is None else ((experts, *A), (experts, *B))
 
 
 def logical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields (path, module) as the plain model has them: wrappers are looked through, factors left out."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if inside and path.startswith(inside):
-            continue
-        if isinstance(module, Adapted):
-            inside = (*inside, path + ".")
-        yield path, unwrapped(module)
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            for name, child in module._modules.items():
+                if child is not None:
+                    yield from walk(f"{path}.{name}" if path else name, child)
+
+    return walk("", model)
 
 
 def owner_of(model: nn.Module, path: str) -> nn.Module:
     """Returns the module that owns the parameter at a path, looked for through wrappers."""
-    return unwrapped(model.get_submodule(path.rpartition(".")[0]))
+    return lookup(model, path.rpartition(".")[0])
 
 
 def find(model: nn.Module, config: LoraConfig) -> list[Site]:
@@ -69,17 +102,117 @@ def find(model: nn.Module, config: LoraConfig) -> list[Site]:
             raise ConfigError(
                 f"pattern {pattern!r} matches none of the {len(chosen)} adapted layers.{_near(pattern, chosen)}"
             )
-    return [_site(path, modules[path], config) for path in chosen]
+    found = [site for path in chosen for site in _sites_of(path, modules[path], config)]
+    found += _parameter_sites(modules, config, type(model).__name__)
+    found += _token_sites(model, modules, config)
+    return found + (_tied_sites(model, found) if config.ensure_weight_tying else [])
 
 
-def _site(path: str, module: nn.Module, config: LoraConfig) -> Site:
+def _sites_of(path: str, module: nn.Module, config: LoraConfig) -> list[Site]:
+    rank, scale = config.rank(path), config.scale(path)
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_sites(path, module, rank, scale, config)
     host = host_of(module)
     if host is None:
         raise ConfigError(
             f"target {path} is a {type(module).__name__}; a factor can be attached to {', '.join(HOST_KINDS)}. "
             "Nothing was attached."
         )
-    return Site(path, module, host, config.rank(path), config.scale(path))
+    if host.kind == "Conv" and rank % module.groups:  # type: ignore[operator]
+        raise ConfigError(
+            f"{path} has {module.groups} groups, which do not divide r={rank}. Choose another rank there."
+        )
+    return [Site(path, module, host, rank, scale, owner=path, key=path)]
+
+
+def _attention_sites(
+    path: str, module: nn.MultiheadAttention, rank: int, scale: float, config: LoraConfig
+) -> list[Site]:
+    """torch's attention reads its weights itself: q, k, v stacked in one, and the output projection's."""
+    if not module._qkv_same_embed_dim:
+        raise ConfigError(f"{path}: a MultiheadAttention whose keys or values have another size cannot be adapted.")
+    if config.use_dora or config.lora_bias:
+        raise ConfigError(f"{path} is a MultiheadAttention, which takes neither use_dora nor lora_bias.")
+    names = {"in_proj_weight": path, "out_proj.weight": f"{path}.base_layer.out_proj"}
+    return [
+        Site(f"{path}.{name}", module, stacked(name, module), rank, scale, owner=path, key=key, parameter=name)
+        for name, key in names.items()
+    ]
+
+
+def _parameter_sites(modules: dict[str, nn.Module], config: LoraConfig, where: str) -> list[Site]:
+    """`target_parameters`: the whole parameter path, or its end from a dot on. PEFT's key for the site is the module's
+    path, with one ".base_layer" for each further parameter of that module which is registered later."""
+    parameters = {
+        f"{path}.{name}" if path else name: (path, name)
+        for path, module in modules.items()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    chosen: dict[str, list[str]] = {}
+    for target in config.target_parameters or ():
+        hits = [path for path in parameters if matches(target, path)]
+        if not hits:
+            raise ConfigError(f"target_parameters: {where} has no parameter {target!r}.{_near(target, parameters)}")
+        for path in hits:
+            owner, name = parameters[path]
+            if modules[owner].get_parameter(name).ndim not in (2, 3) or not owner:
+                raise ConfigError(f"target_parameters: {path} must be 2-D or 3-D and not on the root module.")
+            chosen.setdefault(owner, []).append(name)
+    found: list[Site] = []
+    for owner, names in chosen.items():
+        module = modules[owner]
+        for depth, name in enumerate(reversed([n for n, _ in module.named_parameters() if n in names])):
+            path, key = f"{owner}.{name}", owner + ".base_layer" * depth
+            rank, scale = config.rank(path), config.scale(path)
+            found.append(Site(path, module, stacked(name, module), rank, scale, owner, key, parameter=name))
+    return found
+
+
+def _token_sites(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[Site]:
+    """`trainable_token_indices`: a list for the input embedding, or a mapping from module names to lists."""
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return []
+    named = wanted if isinstance(wanted, Mapping) else {_input_embedding(model, modules): wanted}
+    found: list[Site] = []
+    for name, indices in named.items():
+        for path in _named([name], modules, "trainable_token_indices", type(model).__name__):
+            module: Any = modules[path]
+            host = host_of(module)
+            if host is None or host.kind != "Embedding":
+                raise ConfigError(f"trainable_token_indices: {path} is a {type(module).__name__}, not an Embedding.")
+            beyond = [index for index in indices if not 0 <= index < module.num_embeddings]
+            if beyond:
+                raise ConfigError(
+                    f"trainable_token_indices: {path} has {module.num_embeddings} rows; found {beyond[0]}."
+                )
+            site = f"{path}.{TOKENS}"
+            found.append(Site(site, module, host, len(indices), 1.0, owner=path, key=site, tokens=tuple(indices)))
+    return found + _tied_sites(model, found)
+
+
+def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    embedding = unwrapped(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    for path, module in modules.items():
+        if module is embedding:
+            return path
+    raise ConfigError("trainable_token_indices: the model names no input embedding. Give {module name: indices}.")
+
+
+def _tied_sites(model: nn.Module, found: list[Site]) -> list[Site]:
+    """Returns a site for the head of each adapted embedding that it shares its weight with: they stay tied."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    module: Any = unwrapped(head) if head is not None else None
+    path = next((path for path, each in logical_modules(model) if each is module), None) if module else None
+    taken = {site.owner for site in found}
+    if path is None or path in taken:
+        return []
+    return [
+        Site(f"{path}.{TOKENS}" if site.tokens else path, module, LINEAR, site.rank, site.scale, owner=path, key=path,
+             tied_to=site.path)
+        for site in found
+        if site.host.kind == "Embedding" and site.weight is module.weight
+    ]  # fmt: skip
 
 
 def _targets(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
@@ -97,8 +230,10 @@ def _targets(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Linear and Conv1D; not the output projection of torch's attention, which is never called."""
     host = host_of(module)
-    return host is not None and host.kind != "Embedding"
+    kinds = ("Linear", "Conv1D")
+    return host is not None and host.kind in kinds and type(module).__name__ != "NonDynamicallyQuantizableLinear"
 
 
 def _is_classifier(path: str, config: LoraConfig) -> bool:
@@ -198,33 +333,36 @@ def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> l
     return found
 
 
-def match(model: nn.Module, adapter: Adapter, base: Fingerprint, *, allow_base: bool = False) -> list[Site]:
+def find_for(model: nn.Module, adapter: Adapter) -> list[Site]:
+    """Returns the sites of an existing adapter's configuration; raises AdapterError if the model has no such sites."""
+    try:
+        return find(model, adapter.config)
+    except ConfigError as error:
+        raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+
+
+def match(name: str, sites: Sequence[Site], adapter: Adapter, base: Fingerprint, *, allow_base: bool = False) -> None:
     """Proves that an adapter's factors and a model's sites map one to one, with the right shapes and the right base.
 
-    Raises AdapterError otherwise; nothing was attached.
+    Raises AdapterError otherwise; nothing was attached. `name` is the model's, for the message.
     """
-    name = type(model).__name__
-    try:
-        sites = find(model, adapter.config)
-    except ConfigError as error:
-        raise AdapterError(f"the adapter does not fit {name}: {error}") from error
     _check_base(name, adapter, base, allow_base)
     by_path = {site.path: site for site in sites}
     homeless = [path for path in adapter.factors if path not in by_path]
     if homeless:
         raise AdapterError(
-            f"{len(homeless)} of {len(adapter.factors)} factors have no site in {name}; first: {homeless[0]}"
+            f"{len(homeless)} of {len(adapter.factors)} factors have no site in {name}; first: {homeless[0]}."
             f"{_near(homeless[0], by_path)} Nothing was attached."
         )
     empty = [path for path in by_path if path not in adapter.factors]
     if empty:
         raise AdapterError(
-            f"{len(empty)} of {len(sites)} sites of {name} have no factor in the adapter; first: {empty[0]}."
+            f"{len(empty)} of {len(by_path)} sites of {name} have no factor in the adapter; first: {empty[0]}."
             " Nothing was attached."
         )
     for site in sites:
-        _check_shapes(site, adapter, name)
-    return sites
+        if site.tied_to is None and site.tokens is None:
+            _check_shapes(site, adapter, name)
 
 
 def _check_base(name: str, adapter: Adapter, base: Fingerprint, allow_base: bool) -> None:
@@ -237,13 +375,16 @@ def _check_base(name: str, adapter: Adapter, base: Fingerprint, allow_base: bool
 
 def _check_shapes(site: Site, adapter: Adapter, name: str) -> None:
     factor = adapter.factors[site.path]
-    (inputs, outputs), rank = site.sizes, site.rank
-    found = (tuple(factor.A.shape), tuple(factor.B.shape))
-    if found != ((rank, inputs), (outputs, rank)):
+    found, expected = (tuple(factor.A.shape), tuple(factor.B.shape)), site.shapes()
+    if found != expected:
         raise AdapterError(
-            f"{site.path} in {name}: found A {found[0]} and B {found[1]}, expected A {(rank, inputs)} and "
-            f"B {(outputs, rank)}. Nothing was attached."
+            f"{site.path} in {name}: found A {found[0]} and B {found[1]}, expected A {expected[0]} and "
+            f"B {expected[1]}. Nothing was attached."
         )
+    for what, wanted in (("magnitude", adapter.config.use_dora), ("bias", adapter.config.lora_bias)):
+        vector: Tensor | None = getattr(factor, what)
+        if (vector is not None) != wanted or (vector is not None and vector.numel() != expected[1][-2]):
+            raise AdapterError(f"{site.path} in {name}: its {what} is missing, unexpected or of the wrong size.")
 
 
 def _within(path: str, roots: Iterable[str]) -> bool:

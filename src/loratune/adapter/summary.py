@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from loratune.adapter import roles
 from loratune.adapter.adapter import Adapter
-from loratune.adapter.hosts import host_of
-from loratune.adapter.sites import logical_modules
+from loratune.adapter.sites import Site, find, logical_modules
 
 
 def summarize(model: nn.Module, adapter: Adapter) -> str:
@@ -31,17 +30,15 @@ def notes(model: nn.Module, adapter: Adapter) -> list[str]:
     """Returns what is allowed but worth knowing: ranks above a layer's side, tied weights that merging unties."""
     found: list[str] = []
     modules = dict(logical_modules(model))
-    high = []
-    for path, factor in adapter.factors.items():
-        host = host_of(modules[path])
-        assert host is not None
-        if factor.rank > min(host.sizes(modules[path])):
-            high.append(path)
+    found_sites = find(model, adapter.config)
+    high = [site.path for site in found_sites if site.tokens is None and site.rank > min(site.sizes)]
     if high:
         found.append(
             f"note: r is above the smaller side of {len(high)} layers (first: {high[0]}); more than full rank."
         )
-    for path, others in tied(model, list(adapter.factors)).items():
+    for path, others in tied(
+        model, [site.owner for site in found_sites if not site.parameter and not _stays_tied(site, found_sites)]
+    ).items():
         weight: Tensor = modules[path].weight  # type: ignore[assignment]
         megabytes = weight.numel() * weight.element_size() / 1e6
         found.append(
@@ -49,6 +46,11 @@ def notes(model: nn.Module, adapter: Adapter) -> list[str]:
             f"Merging unties them and adds {weight.numel():,} parameters ({megabytes:,.0f} MB)."
         )
     return found
+
+
+def _stays_tied(site: Site, found: Sequence[Site]) -> bool:
+    """Whether both uses of a shared weight get the same update (`ensure_weight_tying`, trained token rows)."""
+    return site.tied_to is not None or any(other.tied_to == site.path for other in found)
 
 
 def tied(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:

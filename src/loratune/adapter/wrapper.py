@@ -1,19 +1,22 @@
-"""Adapted: the one wrapper that puts low-rank factors beside a frozen layer, y = W x + sum of s B (A x).
+"""The wrappers that put low-rank factors beside a frozen layer, y = W x + sum of s B (A x).
 
-Shapes: T tokens, I inputs, O outputs.
+Adapted stands around a layer with one weight. Where a module keeps its weights to itself (attention's in_proj, stacked
+experts), AdaptedWeights lets it compute with W + s B A in W's place. Shapes: T tokens, I inputs, O outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from loratune.adapter.dropout import Noise
 from loratune.adapter.factor import LowRank
 from loratune.adapter.fused import lora_linear
 from loratune.adapter.hosts import Host
+from loratune.adapter.variants import added, merged
 from loratune.errors import AdapterError
 
 
@@ -27,11 +30,10 @@ class Shared:
     num_sites: int = field(default=0)
 
 
-class Adapted(nn.Module):
-    """A frozen layer and the factors that are active on it. The layer's attributes (weight, bias, ...) show through.
+class Slot(nn.Module):
+    """One site: the factors in use there as submodules (`active`), and all attached ones by adapter name (`placed`).
 
-    `active` holds the factors in use as submodules; `placed` all attached ones by adapter name, as plain values, so
-    that a thousand attached adapters cost nothing in forward.
+    `placed` holds plain values, so that a thousand attached adapters cost nothing in forward.
     """
 
     def __init__(self, base: nn.Module, host: Host, shared: Shared) -> None:
@@ -40,10 +42,17 @@ class Adapted(nn.Module):
         self.active = nn.ModuleList()
         self.host = host
         self.shared = shared
-        self.placed: dict[str, LowRank] = {}
+        self.placed: dict[str, list[LowRank]] = {}
         self.site = shared.num_sites
         shared.num_sites += 1
         self.training = base.training
+
+    def factors(self) -> Iterable[LowRank]:
+        return self.active  # type: ignore[return-value]
+
+
+class Adapted(Slot):
+    """A frozen layer and the factors that are active on it. The layer's attributes (weight, bias, ...) show through."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -52,19 +61,20 @@ class Adapted(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shared = self.shared
-        if shared.rows is not None:
-            return self._by_rows(self.base(x, *args, **kwargs), x, shared.rows)
-        active: Sequence[LowRank] = self.active  # type: ignore[assignment]
-        if len(active) == 1 and self._can_fuse():
-            return lora_linear(self.base, self.host, active[0], x, self.keep(active[0], x))
-        y = self.base(x, *args, **kwargs)
-        for factor in active:
-            y = y + self.host.update(self.base, factor, self.dropped(factor, x))
+        if self.shared.rows is not None:
+            return self._by_rows(self.base(x, *args, **kwargs), x, self.shared.rows)
+        if len(self.active) == 1 and self._can_fuse():
+            factor: Any = self.active[0]
+            return lora_linear(self.base, self.host, factor, x, self.keep(factor, x))
+        frozen = y = self.base(x, *args, **kwargs)
+        for factor in self.factors():
+            y = y + added(self.host, self.base, factor, x, self.dropped(factor, x), frozen).to(y.dtype)
         return y
 
     def _can_fuse(self) -> bool:
-        return self.host.input_grad is not None and not any(p.requires_grad for p in self.base.parameters())
+        factor: Any = self.active[0]
+        frozen = not any(parameter.requires_grad for parameter in self.base.parameters())
+        return frozen and factor.is_plain and self.host.input_grad is not None
 
     def _by_rows(self, y: Tensor, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         if len(x) != self.shared.num_rows:  # another batch, or a model that flattens it before a layer (OPT's fc1)
@@ -73,9 +83,9 @@ class Adapted(nn.Module):
                 f"{tuple(x.shape)}: expected one name per row of the batch, and layers that see the batch by rows."
             )
         for name, index in rows.items():
-            factor = self.placed.get(name)
-            if factor is not None:
-                update = self.host.update(self.base, factor, self.dropped(factor, x[index]))
+            for factor in self.placed.get(name, ()):
+                part = x[index]
+                update = added(self.host, self.base, factor, part, self.dropped(factor, part), y[index])
                 y = y.index_add(0, index, update.to(y.dtype))
         return y
 
@@ -95,6 +105,68 @@ class Adapted(nn.Module):
         return x if keep is None else (x * keep.view_as(x)) * (1 / (1 - factor.dropout))
 
 
+class AdaptedWeights(nn.Module):
+    """A module some of whose parameters are adapted: it computes with W + s B A in the place of each.
+
+    `slots` holds one Slot per adapted parameter, by the parameter's path inside the module, dots written as "/".
+    """
+
+    def __init__(self, base: nn.Module, shared: Shared) -> None:
+        super().__init__()
+        self.base = base
+        self.shared = shared
+        self.slots = nn.ModuleDict()
+        self.training = base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def slot(self, parameter: str, host: Host) -> Slot:
+        key = parameter.replace(".", "/")
+        if key not in self.slots:
+            slot = Slot(nn.Module(), host, self.shared)
+            self.slots[key] = slot
+        return self.slots[key]  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.shared.rows is not None:
+            raise AdapterError(
+                f"rows: a {type(self.base).__name__} computes all rows with one weight, so it cannot serve each row "
+                "its own adapter. Run each adapter's rows apart."
+            )
+        changed = {name: weight for name, weight in self._changed() if weight is not None}
+        return functional_call(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
+
+    def _changed(self) -> Iterator[tuple[str, Tensor | None]]:
+        for key, module in self.slots.items():
+            slot: Any = module
+            name = key.replace("/", ".")
+            weight: Tensor | None = None
+            for factor in slot.factors():
+                weight = merged(slot.host, self.base.get_parameter(name) if weight is None else weight, factor)
+            yield name, weight
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Returns the frozen layer inside a wrapper, or the module itself."""
-    return module.base if isinstance(module, Adapted) else module
+    return module.base if isinstance(module, Adapted | AdaptedWeights) else module
+
+
+def lookup(model: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path of the plain model, looked for through wrappers; the layer, not its wrapper."""
+    module = unwrapped(model)
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            raise AttributeError(f"{type(model).__name__} has no module {path!r}")
+        module = unwrapped(child)
+    return module
+
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Returns (the module that holds a path's last part, that part)."""
+    parent, _, name = path.rpartition(".")
+    return lookup(model, parent), name
