@@ -37,7 +37,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not slow and not model and not full"
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python bench/run.py --only "$(ONLY)" --repeats $(or $(REPEATS),3)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

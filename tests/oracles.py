@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from families import CAUSAL, FAMILIES, SEQ2SEQ
 from loratune.adapter.adapter import Adapter
@@ -91,3 +92,49 @@ def same_state(model: nn.Module, before: Mapping[str, Tensor]) -> bool:
     """Whether a model holds the same tensors under the same names, bit for bit."""
     after = model.state_dict()
     return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(6, 6)
+        self.v_proj = nn.Linear(6, 6, bias=False)
+        self.c_fc = Conv1D(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c_fc(torch.tanh(self.q_proj(x)) * self.v_proj(x))
+
+
+class Toy(nn.Module):
+    """Every kind of host in float64, no transformers model: an embedding, two blocks, and a head that may be tied."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        generator = torch.Generator().manual_seed(0)
+        self.double().eval()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+IDS = torch.tensor([[1, 4, 2, 10], [3, 3, 0, 7], [9, 8, 1, 1]])
+
+
+def randomise(parameters: Iterable[Tensor], seed: int = 11, std: float = 0.3) -> None:
+    """Adds seeded noise, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((noise * std).to(parameter.dtype))

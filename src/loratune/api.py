@@ -2,33 +2,35 @@
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import files
 from loratune.adapter import peft_format, roles
 from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
-from loratune.adapter.fingerprint import fingerprint
 from loratune.data.dataset import Dataset, hold_out, load_dataset
 from loratune.data.encode import Encoder
-from loratune.errors import CheckpointError, ConfigError, DataError
+from loratune.errors import ConfigError, DataError
 from loratune.evaluate.loss import Evaluation
 from loratune.evaluate.samples import Sample, sample
+from loratune.export.consumers import check
+from loratune.export.convert import convert
+from loratune.export.merged import export_merged
 from loratune.model import embedded
 from loratune.model.causal import CausalModel
 from loratune.model.load import load_model
-from loratune.train import checkpoint, loop
+from loratune.report import adapters as adapter_reports
+from loratune.report import figures
+from loratune.train import checkpoint, identity, loop
 from loratune.train.config import DataConfig, ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
 from loratune.train.loop import OnEvent, Run
 from loratune.train.optim import Optimizer
 
-__all__ = ["RunResult", "adapter_info", "attach", "load_adapter", "load_model", "resume", "run", "train"]
+__all__ = ["RunResult", "adapter_info", "attach", "export_merged", "load_adapter", "load_model", "resume", "run", "train"]
 
 RUN_FILE, SAMPLES, ABOUT = "run.yaml", "samples.jsonl", "loratune.json"
 
@@ -112,7 +114,7 @@ def resume(run_dir: str | Path, on_event: OnEvent = _quiet) -> RunResult:
     model, tokenizer = load_model(config.model, notify=notify)
     attached = attach(model, config.adapter.to_lora_config(), seed=config.train.seed)
     state = _prepare(attached, tokenizer, config, output, on_event)
-    _check_identity(saved, state.identity)
+    identity.check(saved, state.identity)
     loop.restore(state, saved)
     notify(f"resuming at step {state.step} of {state.num_steps} from {saved.path}")
     return _finish(state, tokenizer, on_event, before=None, samples_before=())
@@ -150,7 +152,7 @@ def _prepare(
         optimizer=Optimizer(attached.adapter, config.train),
         train=training,
         validation=validation,
-        identity=_identity(attached, tokenizer, config, training, validation),
+        identity=identity.identity(attached, tokenizer, config, training, validation),
         on_event=on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -170,8 +172,23 @@ def _check_ids(model: Any, *datasets: Dataset) -> None:
 def _datasets(config: DataConfig, encoder: Encoder) -> tuple[Dataset, Dataset]:
     training = load_dataset(config.train, encoder, config.format)
     if config.validation is None:
-        return hold_out(training)
-    return training, load_dataset(config.validation, encoder, config.format)
+        return _held_out(training)
+    validation = load_dataset(config.validation, encoder, config.format)
+    if len(validation) < 2:
+        raise DataError(f"{config.validation} holds one row; an evaluation with an interval needs two. Add rows.")
+    return training, validation
+
+
+def _held_out(rows: Dataset) -> tuple[Dataset, Dataset]:
+    """Holds out 5%; of few rows the smallest larger share that gives the two that an interval needs."""
+    for share in (0.05, 0.1, 0.2, 0.5, 1.0):
+        training, validation = hold_out(rows, share)
+        if len(validation) > 1:
+            return training, validation
+    raise DataError(
+        f"{rows.sources[0]}: {len(rows)} rows are too few to hold out two for evaluation. "
+        "Add rows, or give a validation file."
+    )
 
 
 def _finish(
@@ -272,39 +289,30 @@ def _model_card(base: str | None, state: Run) -> str:
     return "\n".join(front + body)
 
 
-def adapter_info(path: str | Path) -> dict[str, Any]:
-    """Returns what an adapter on disk is: settings, sites with ranks and norms, sizes. No base model is needed."""
-    folder = adapter_folder(Path(path))
-    adapter = peft_format.read(folder)
-    sites = [
-        {
-            "path": site,
-            "r": factor.rank,
-            "inputs": factor.A.shape[1],
-            "outputs": factor.B.shape[0],
-            "scale": factor.scale,
-            "norm_A": float(factor.A.detach().norm()),
-            "norm_B": float(factor.B.detach().norm()),
-            "norm_update": _update_norm(factor.A, factor.B, factor.scale),
-        }
-        for site, factor in adapter.factors.items()
-    ]
-    config = json.loads((folder / peft_format.CONFIG).read_bytes())
-    return {
-        "path": str(folder),
-        "config": {name: value for name, value in config.items() if value not in (None, {}, [], False)},
-        "base": {"name": config.get("base_model_name_or_path"), "fingerprint": adapter.base is not None},
-        "sites": sites,
-        "roles": {role: sum(role in roles.roles_of(site) for site in adapter.factors) for role in roles.ROLES},
-        "num_parameters": adapter.num_parameters() + sum(tensor.numel() for tensor in adapter.loose.values()),
-        "bytes": sum(file.stat().st_size for file in (folder / peft_format.WEIGHTS, folder / peft_format.CONFIG)),
-    }
+def adapter_info(
+    path: str | Path, *, model: str | None = None, notify: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Returns what an adapter on disk is: see `report.adapters.info`; a base `model` adds amplification factors."""
+    return adapter_reports.info(adapter_folder(Path(path)), model, notify)
 
 
-def _update_norm(A: torch.Tensor, B: torch.Tensor, scale: float) -> float:
-    """Returns the Frobenius norm of s B A from rank-sized products: sqrt(trace(A A^T B^T B)) s."""
-    a, b = A.detach().double(), B.detach().double()
-    return scale * float(((a @ a.T) * (b.T @ b)).sum().clamp_min(0).sqrt())
+def adapter_diff(one: str | Path, other: str | Path, *, figure: str | Path | None = None) -> dict[str, Any]:
+    """Returns how two adapters differ: see `report.adapters.diff`; writes it to `figure` as SVG if given."""
+    report = adapter_reports.diff(adapter_folder(Path(one)), adapter_folder(Path(other)))
+    if figure is not None:
+        files.atomic_write(Path(figure), figures.similarity_figure(report))
+    return report
+
+
+def adapter_check(path: str | Path, consumers: Sequence[str] | None = None) -> dict[str, list[dict[str, str]]]:
+    """Returns what each consumer will refuse or apply wrongly: severity, what, advice; see `export.consumers`."""
+    found = check(peft_format.read(adapter_folder(Path(path))), consumers)
+    return {name: [asdict(each) for each in findings] for name, findings in found.items()}
+
+
+def adapter_convert(path: str | Path, target: str | Path, to: str, **options: Any) -> dict[str, Any]:
+    """Writes an adapter in another format, type, rank or layout: see `export.convert.convert`."""
+    return convert(adapter_folder(Path(path)), Path(target), to, **options)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -341,48 +349,6 @@ def _check_coverage(attached: Attached, allow_uneven: bool) -> None:
 def _context_length(model: Any) -> int | None:
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-def _identity(
-    attached: Attached, tokenizer: PreTrainedTokenizerBase, config: RunConfig, training: Dataset, validation: Dataset
-) -> dict[str, Any]:
-    """Returns what must be the same for a resumed run to be the same run."""
-    base = attached.adapter.base or fingerprint(attached.model)
-    schedule = config.train.model_dump(exclude={"keep", "save_every"})
-    return {
-        "base": base.to_json(),
-        "data": {"train": training.digest, "validation": validation.digest},
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "adapter": config.adapter.model_dump(mode="json"),
-        "train": schedule,
-        "precision": str(next(attached.model.parameters()).dtype),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    import hashlib
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256((content + str(tokenizer.chat_template)).encode()).hexdigest()
-
-
-def _check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any]) -> None:
-    before = json.loads(json.dumps(saved.state["identity"]))
-    now = json.loads(json.dumps(identity))
-    changed = [name for name in now if now[name] != before.get(name)]
-    if changed:
-        detail = "; ".join(f"{name}: was {_short(before.get(name))}, is {_short(now[name])}" for name in changed)
-        raise CheckpointError(
-            f"{saved.path} belongs to a run with other settings, so it would not continue it: {detail}."
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _notifier(on_event: OnEvent) -> Callable[[str], None]:

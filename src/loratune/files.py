@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loratune.errors import ConfigError
 
@@ -81,6 +81,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             os.unlink(temporary)
         raise
     sync_directory(path.parent)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Opens a file that must not exist yet, for content too large to hold; a staged directory flushes and names it."""
+    return path.open("xb")
 
 
 def write_json(path: Path, value: Any) -> None:

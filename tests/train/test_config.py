@@ -237,6 +237,11 @@ adapter:
   alpha_pattern: null  # default
   layers_to_transform: [0, 1]  # run.yaml:2
   layers_pattern: null  # default
+  use_dora: false  # default
+  lora_bias: false  # default
+  target_parameters: null  # default
+  trainable_token_indices: null  # default
+  ensure_weight_tying: false  # default
 train:
   epochs: 1.0  # default
   max_steps: null  # default

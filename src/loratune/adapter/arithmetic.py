@@ -125,10 +125,8 @@ def _by_deltas(
 ) -> _Pair:
     """The s B A in full are the task tensors; the result is the best approximation of their blend (Eckart-Young)."""
     deltas = [factor.scale * B @ A for factor in factors for A, B in [matrices(factor)]]
-    merged = blend(deltas, weights, options, generator)
-    return _truncated(
-        Decomposition(*torch.linalg.svd(merged, full_matrices=False)), options.rank or _largest_rank(factors)
-    )
+    parts = Decomposition(*torch.linalg.svd(blend(deltas, weights, options, generator), full_matrices=False))
+    return _truncated(parts, options.rank or _largest_rank(factors))
 
 
 def _cat(factors: Sequence[LowRank], weights: Sequence[float], options: _Options, generator: torch.Generator) -> _Pair:
@@ -154,8 +152,10 @@ def _largest_rank(factors: Sequence[LowRank]) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to combine. aligned: A's are added to A's, so sites and ranks must agree; truncates: takes `rank`;
-    prunes: takes `density`."""
+    """A way to combine.
+
+    aligned: A's are added to A's, so sites and ranks must agree; truncates: takes `rank`; prunes: takes `density`.
+    """
 
     apply: Callable[[Sequence[LowRank], Sequence[float], _Options, torch.Generator], _Pair]
     aligned: bool = False
@@ -163,19 +163,15 @@ class Method:
     prunes: bool = False
 
 
+_PRUNING = {name: blend for name, blend in BLENDS.items() if name != "linear"}
 METHODS: dict[str, Method] = {
     "cat": Method(_cat),
     "svd": Method(_svd, truncates=True),
     "linear": Method(partial(_by_factors, BLENDS["linear"]), aligned=True),
-    **{
-        name: Method(partial(_by_factors, blend), aligned=True, prunes=True)
-        for name, blend in BLENDS.items()
-        if name != "linear"
-    },
+    **{name: Method(partial(_by_factors, blend), aligned=True, prunes=True) for name, blend in _PRUNING.items()},
     **{
         f"{name}_svd": Method(partial(_by_deltas, blend), truncates=True, prunes=True)
-        for name, blend in BLENDS.items()
-        if name != "linear"
+        for name, blend in _PRUNING.items()
     },
 }
 
@@ -389,6 +385,5 @@ def _config(first: LoraConfig, factors: Mapping[str, LowRank]) -> LoraConfig:
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     return first.with_(
         r=r, lora_alpha=r, rank_pattern=others, alpha_pattern=others, target_modules=tuple(ranks), exclude_modules=None,
-        layers_to_transform=None, layers_pattern=None, use_rslora=False, init_lora_weights=True, bias="none",
-        modules_to_save=None,
+        layers_to_transform=None, layers_pattern=None, use_rslora=False, init_lora_weights=True,
     )  # fmt: skip

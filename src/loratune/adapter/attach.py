@@ -21,7 +21,7 @@ from loratune.adapter.factor import LowRank
 from loratune.adapter.fingerprint import Fingerprint, fingerprint
 from loratune.adapter.sites import Site, owner_of
 from loratune.adapter.summary import summarize
-from loratune.adapter.wrapper import Adapted, AdaptedWeights, Shared, Slot, lookup, parent_of
+from loratune.adapter.wrapper import Adapted, AdaptedWeights, Shared, Slot, parent_of
 from loratune.errors import AdapterError, ConfigError
 
 _ATTRIBUTE = "_loratune"
@@ -38,7 +38,8 @@ class Attachments:
         self.slots: dict[str, Slot] = {}  # by the path of the site
         self.active: tuple[str, ...] = ()
         self.base: Fingerprint = fingerprint(model)
-        self.required_grad = {name for name, p in model.named_parameters() if p.requires_grad}
+        # Each name of a tied weight, for merging may give them weights of their own.
+        self.required_grad = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         # path -> the base's bias or module, while a trained copy stands in its place
         self.originals: dict[str, Any] = {}
         self.lists: dict[tuple[str, ...], list[tuple[Slot, nn.ModuleList]]] = {}  # active names -> what stands where
@@ -69,6 +70,7 @@ class Attachments:
             raise AdapterError(
                 "only one active adapter can train biases or whole modules; their copies cannot be added."
             )
+        self._refuse_clash(names)
         after = self._lists(names)
         for slot, _ in self._lists(self.active):
             slot._modules["active"] = _NOTHING
@@ -78,6 +80,17 @@ class Attachments:
         for name in names:
             self._swap_in(model, self.adapters[name])
         self.active = names
+
+    def _refuse_clash(self, names: tuple[str, ...]) -> None:
+        """A layer that stands in a module trained whole has no place for a factor of another adapter."""
+        for saved in (path for name in names for path in self.adapters[name].saved):
+            for name in names:
+                hit = next((p for p in self.adapters[name].factors if p == saved or p.startswith(saved + ".")), None)
+                if hit is not None:
+                    raise AdapterError(
+                        f"{saved} is trained whole by one adapter and {hit} adapted by {name!r}: "
+                        "they cannot be active together."
+                    )
 
     def _lists(self, names: tuple[str, ...]) -> list[tuple[Slot, nn.ModuleList]]:
         """Returns the factors of these adapters slot by slot, made once so that switching is a few assignments."""
@@ -91,7 +104,8 @@ class Attachments:
 
     def _swap_in(self, model: nn.Module, adapter: Adapter) -> None:
         for path, module in adapter.saved.items():
-            self.originals[path] = lookup(model, path)
+            parent, last = parent_of(model, path)
+            self.originals[path] = parent._modules[last]  # with its wrapper, if it has one
             _set_module(model, path, module)
         for path, bias in adapter.biases.items():
             owner = owner_of(model, path)
@@ -116,7 +130,9 @@ class Attachments:
         """Takes every wrapper off: the plain model, trainable where it was."""
         self._restore_originals(model)
         for path, wrapper in self.wrappers.items():
-            _set_module(model, path, wrapper.base)
+            parent, last = parent_of(model, path)
+            if parent._modules[last] is wrapper:  # not where merging left a module that was trained whole
+                _set_module(model, path, wrapper.base)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.required_grad)
         del model.__dict__[_ATTRIBUTE]
@@ -256,6 +272,7 @@ def attach(
             making.place_loose(model, adapter, found)
     everything = existing or Attachments(model)
     model.__dict__[_ATTRIBUTE] = everything
+    everything.activate(model, ())  # wrappers go around the base's modules, not around another adapter's copies
     for site in found:
         everything.place(model, site, name, adapter.factors[site.path])
     everything.adapters[name] = adapter

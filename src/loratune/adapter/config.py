@@ -82,7 +82,7 @@ class LoraConfig:
             object.__setattr__(self, name, _frozen_names(name, getattr(self, name)))
         object.__setattr__(self, "trainable_token_indices", _frozen_tokens(self.trainable_token_indices))
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            object.__setattr__(self, name, _frozen_pattern(name, getattr(self, name)))
         _check(self)
 
     @classmethod
@@ -94,6 +94,10 @@ class LoraConfig:
         if "r" in overrides and "lora_alpha" not in overrides:
             del settings["lora_alpha"]
         return cls(**settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles by value: a read-only mapping can do neither."""
+        return _made, (type(self), {item.name: _plain(getattr(self, item.name)) for item in fields(self)})
 
     def with_(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed, checked again."""
@@ -153,22 +157,36 @@ _LISTS = [
 
 def _frozen_tokens(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return MappingProxyType({name: tuple(indices) for name, indices in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+        return MappingProxyType({str(name): _indices(indices) for name, indices in value.items()})
+    return None if value is None else _indices(value)
+
+
+def _indices(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list | tuple) and all(type(each) is int for each in value):
+        return tuple(value)
+    raise ConfigError(f"trainable_token_indices is {value!r}; expected a list of token ids, or module -> such a list.")
 
 
 def _frozen_names(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, str | tuple):
-        return (
-            (value,)
-            if name in ("modules_to_save", "layers_pattern", "target_parameters") and isinstance(value, str)
-            else value
-        )
-    if name == "layers_to_transform" and isinstance(value, int):
+    kind = int if name == "layers_to_transform" else str
+    if value is None or (isinstance(value, str) and name in ("target_modules", "exclude_modules")):
+        return value
+    if type(value) is kind:
         return (value,)
-    if isinstance(value, list | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset) and all(type(each) is kind for each in value):
         return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
-    raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected a string or a list.")
+    expected = "a whole number or a list of them" if kind is int else "a string or a list of strings"
+    raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}.")
+
+
+def _frozen_pattern(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name} is {value!r}; expected a mapping from patterns to numbers.")
+    return MappingProxyType(dict(value))
+
+
+def _made(cls: type[LoraConfig], values: dict[str, Any]) -> LoraConfig:
+    return cls(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -213,6 +231,9 @@ def _check(config: LoraConfig) -> None:
         config.target_modules or config.modules_to_save or config.target_parameters or config.trainable_token_indices
     ):
         refuse("target_modules", "at least one name, a preset or a regular expression")
+    for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        if not isinstance(getattr(config, name), bool):
+            refuse(name, "True or False")
     _check_together(config)
     _check_patterns(config)
 
@@ -249,7 +270,7 @@ def _check_patterns(config: LoraConfig) -> None:
     for name, alpha in config.alpha_pattern.items():
         if not _number(alpha) or alpha <= 0:
             raise ConfigError(f"alpha_pattern[{name!r}] is {alpha!r}; expected a number above 0.")
-    for name in (*config.rank_pattern, *config.alpha_pattern):
+    for name in (*config.rank_pattern, *config.alpha_pattern, *(config.layers_pattern or ())):
         try:
             re.compile(name)
         except re.error as error:

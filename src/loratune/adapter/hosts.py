@@ -8,6 +8,7 @@ Shapes: T tokens, I inputs, O outputs, K the weights of one output.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ HOST_KINDS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Mu
 def stacked(name: str, module: nn.Module) -> Host:
     """Returns the host of one parameter of a module, 2-D (O, I) or stacked experts (E, O, I), or (E, I, O) where the
     module says `is_transposed`: the layer computes with W + s B A in W's place."""
-    weight: Tensor = module.get_parameter(name)
+    weight: Tensor = attrgetter(name)(module)  # while FSDP computes, it is no Parameter
     swapped = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
     outputs, inputs = (weight.shape[-1], weight.shape[-2]) if swapped else (weight.shape[-2], weight.shape[-1])
     return Host(

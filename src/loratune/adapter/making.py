@@ -17,7 +17,7 @@ from loratune.adapter.hosts import needs_float32
 from loratune.adapter.inits import Begin, embedding, initialiser, is_subtracted, kaiming
 from loratune.adapter.sites import Site, owner_of
 from loratune.adapter.variants import row_norms
-from loratune.adapter.wrapper import lookup
+from loratune.adapter.wrapper import lookup, parent_of, unwrapped
 from loratune.errors import AdapterError
 
 
@@ -94,7 +94,13 @@ def _trained_copy(parameter: Tensor | None) -> nn.Parameter:
 
 
 def _trained_module(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(True)
+    """Copies a module of the base, without the wrappers that other adapters put inside it."""
+    copied = copy.deepcopy(module)
+    for path, inner in list(copied.named_modules()):
+        if unwrapped(inner) is not inner:
+            owner, name = parent_of(copied, path)
+            owner._modules[name] = unwrapped(inner)
+    return copied.requires_grad_(True)
 
 
 # ---- what a file holds ----------------------------------------------------------------------------------------------

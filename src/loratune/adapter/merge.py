@@ -72,10 +72,15 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
     everything.activate(model, (attached.name,))
     everything.originals.clear()  # trained biases and modules stay where they are
     everything.unwrap(model)
+    settle_ties(model)
+    return model
+
+
+def settle_ties(model: nn.Module) -> None:
+    """Makes a transformers model whose tied weights differ after a merge say that they are not tied any more."""
     pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # transformers keeps them, and saves by them
     if any(_parameter(model, one) is not _parameter(model, other) for one, other in pairs.items()):
         _untie(model, pairs)
-    return model
 
 
 def put_merged(site: sites.Site, factor: LowRank) -> None:

@@ -73,7 +73,7 @@ def encode(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict[str
     layers = [site for site in found if site.tokens is None and site.key == site.owner and site.tied_to is None]
     chosen = {site.owner for site in layers if not _is_stacked(site, adapter.config)}
     stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    config = _plain_lora(_named_base(adapter.config, model))
+    config = plain_lora(_named_base(adapter.config, model))
     return config.to_peft(minimal_targets(chosen, modules), _fan_in_fan_out(found)), stored
 
 
@@ -114,7 +114,7 @@ def _for_all_inputs(A: Tensor, groups: int) -> Tensor:
     return wide.flatten(2, 3).flatten(0, 1)
 
 
-def _plain_lora(config: LoraConfig) -> LoraConfig:
+def plain_lora(config: LoraConfig) -> LoraConfig:
     """An update s (B A - B0 A0) is stored as plain LoRA of rank 2 r and the same scale."""
     if not is_subtracted(config.init_lora_weights):
         return config
@@ -146,8 +146,11 @@ def read(path: Path) -> Adapter:
     Refused: pickles (.bin), damaged or oversized headers, tensors that are not finite floats, a half without its other
     half, ranks other than the configuration's, fields of methods that are not implemented.
     """
-    config = _read_config(path)
-    tensors, base = _read_tensors(path)
+    return decode(_read_config(path), *_read_tensors(path), path)
+
+
+def decode(config: LoraConfig, tensors: dict[str, Tensor], base: Fingerprint | None, path: Path) -> Adapter:
+    """Returns the adapter that tensors under PEFT's keys are; `path` is named in errors. Raises AdapterError."""
     parts: dict[str, dict[str, Tensor]] = {}
     loose: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -1,9 +1,8 @@
 """Sites: which layers of a model an adapter stands at. A target that matches nothing is an error, never a silence."""
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +12,16 @@ from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig, pattern_matches
 from loratune.adapter.fingerprint import Fingerprint
 from loratune.adapter.hosts import HOST_KINDS, LINEAR, Host, host_of, num_experts, stacked
+from loratune.adapter.matching import by_pattern, in_layers, matches, named, near, shown, within, without_excluded
 from loratune.adapter.wrapper import lookup, unwrapped
 from loratune.errors import AdapterError, ConfigError
 
-_LAYER_INDEX = re.compile(r"\.(\d+)\.")
+# What a task's new head may be called: trained whole by PEFT's task models (peft_model.py).
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 TOKENS = "token_adapter"  # the last part of the path of a site of trained embedding rows, as in PEFT's keys
@@ -49,7 +54,7 @@ class Site:
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module.get_parameter(self.parameter or "weight")
+        return attrgetter(self.parameter or "weight")(self.module)  # while FSDP computes, it is no Parameter
 
     @property
     def groups(self) -> int:
@@ -91,16 +96,16 @@ def find(model: nn.Module, config: LoraConfig) -> list[Site]:
     """
     modules = dict(logical_modules(model))
     saved = saved_paths(model, config)
-    chosen = [path for path in _targets(model, config, modules) if not _within(path, saved)]
-    chosen = _in_layers(_without_excluded(chosen, config, modules), config)
+    chosen = [path for path in _targets(model, config, modules) if not within(path, saved)]
+    chosen = in_layers(without_excluded(chosen, config, modules), config)
     if not chosen and config.target_modules:
         raise ConfigError(
-            f"target_modules={_shown(config.target_modules)} leaves no layer of {type(model).__name__} to adapt."
+            f"target_modules={shown(config.target_modules)} leaves no layer of {type(model).__name__} to adapt."
         )
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         if not any(pattern_matches(pattern, path) for path in chosen):
             raise ConfigError(
-                f"pattern {pattern!r} matches none of the {len(chosen)} adapted layers.{_near(pattern, chosen)}"
+                f"pattern {pattern!r} matches none of the {len(chosen)} adapted layers.{near(pattern, chosen)}"
             )
     found = [site for path in chosen for site in _sites_of(path, modules[path], config)]
     found += _parameter_sites(modules, config, type(model).__name__)
@@ -118,6 +123,8 @@ def _sites_of(path: str, module: nn.Module, config: LoraConfig) -> list[Site]:
             f"target {path} is a {type(module).__name__}; a factor can be attached to {', '.join(HOST_KINDS)}. "
             "Nothing was attached."
         )
+    if host.kind == "Embedding" and config.lora_bias:
+        raise ConfigError(f"target {path}: lora_bias=True is not supported for Embedding. Nothing was attached.")
     if host.kind == "Conv" and rank % module.groups:  # type: ignore[operator]
         raise ConfigError(
             f"{path} has {module.groups} groups, which do not divide r={rank}. Choose another rank there."
@@ -152,7 +159,7 @@ def _parameter_sites(modules: dict[str, nn.Module], config: LoraConfig, where: s
     for target in config.target_parameters or ():
         hits = [path for path in parameters if matches(target, path)]
         if not hits:
-            raise ConfigError(f"target_parameters: {where} has no parameter {target!r}.{_near(target, parameters)}")
+            raise ConfigError(f"target_parameters: {where} has no parameter {target!r}.{near(target, parameters)}")
         for path in hits:
             owner, name = parameters[path]
             if modules[owner].get_parameter(name).ndim not in (2, 3) or not owner:
@@ -173,10 +180,10 @@ def _token_sites(model: nn.Module, modules: dict[str, nn.Module], config: LoraCo
     wanted = config.trainable_token_indices
     if not wanted:
         return []
-    named = wanted if isinstance(wanted, Mapping) else {_input_embedding(model, modules): wanted}
+    by_name = wanted if isinstance(wanted, Mapping) else {_input_embedding(model, modules): wanted}
     found: list[Site] = []
-    for name, indices in named.items():
-        for path in _named([name], modules, "trainable_token_indices", type(model).__name__):
+    for name, indices in by_name.items():
+        for path in named([name], modules, "trainable_token_indices", type(model).__name__):
             module: Any = modules[path]
             host = host_of(module)
             if host is None or host.kind != "Embedding":
@@ -220,13 +227,13 @@ def _targets(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]
     if not targets:
         return []
     if isinstance(targets, tuple):
-        return _named(targets, modules, "target_modules", type(model).__name__)
+        return named(targets, modules, "target_modules", type(model).__name__)
     if targets in roles.PRESETS:
         return roles.select(model, targets)
     if targets.lower() == "all-linear":
         head = {path for path, names in roles.module_roles(model).items() if "head" in names}
         return [p for p, m in modules.items() if _is_linear(m) and p not in head and not _is_classifier(p, config)]
-    return _by_pattern(targets, modules, "target_modules", type(model).__name__)
+    return by_pattern(targets, modules, "target_modules", type(model).__name__)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -241,77 +248,17 @@ def _is_classifier(path: str, config: LoraConfig) -> bool:
     return config.task_type in ("SEQ_CLS", "TOKEN_CLS") and path.split(".")[0] in ("score", "classifier")
 
 
-def matches(name: str, path: str) -> bool:
-    """PEFT's rule for a list: the whole path, or its end from a dot on."""
-    return path == name or path.endswith("." + name)
-
-
-def _named(names: Sequence[str], modules: Iterable[str], what: str, where: str) -> list[str]:
-    paths = [path for path in modules if path]
-    chosen: set[str] = set()
-    for name in names:
-        hits = [path for path in paths if matches(name, path)]
-        if not hits:
-            raise ConfigError(
-                f"{what}: no layer of {where} is named {name!r}.{_near(name, paths)} Nothing was attached."
-            )
-        chosen.update(hits)
-    return [path for path in paths if path in chosen]
-
-
-def _by_pattern(pattern: str, modules: Iterable[str], what: str, where: str) -> list[str]:
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{what}={pattern!r} is not a regular expression: {error}.") from error
-    chosen = [path for path in modules if path and expression.fullmatch(path)]
-    if not chosen:
-        raise ConfigError(
-            f"{what}={pattern!r} is a regular expression for whole paths and matches none of {where}'s layers."
-            f"{_near(pattern, modules)} For names, give a list: [{pattern!r}]."
-        )
-    return chosen
-
-
-def _without_excluded(chosen: list[str], config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
-    excluded = config.exclude_modules
-    if not excluded:
-        return chosen
-    find_excluded = _by_pattern if isinstance(excluded, str) else _named
-    gone = set(find_excluded(excluded, modules, "exclude_modules", "the model"))  # type: ignore[arg-type]
-    if not gone & set(chosen):
-        raise ConfigError(f"exclude_modules={_shown(excluded)} excludes none of the {len(chosen)} targeted layers.")
-    return [path for path in chosen if path not in gone]
-
-
-def _in_layers(chosen: list[str], config: LoraConfig) -> list[str]:
-    layers = config.layers_to_transform
-    if not layers:
-        return chosen
-    index_of = {path: _layer_index(path, config.layers_pattern) for path in chosen}
-    missing = sorted(set(layers) - {index for index in index_of.values() if index is not None})
-    if missing:
-        found = sorted({index for index in index_of.values() if index is not None})
-        raise ConfigError(f"layers_to_transform: no targeted layer has index {missing[0]}; found {_ranges(found)}.")
-    exact = set(config.target_modules)
-    return [path for path in chosen if path in exact or index_of[path] in layers]
-
-
-def _layer_index(path: str, patterns: tuple[str, ...] | None) -> int | None:
-    if not patterns:
-        found = _LAYER_INDEX.search(path)
-        return int(found[1]) if found else None
-    for pattern in patterns:
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", "." + path)
-        if found:
-            return int(found[1])
-    return None
-
-
 def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Returns the modules that `modules_to_save` names: trained and saved in full. Raises ConfigError for no match."""
-    names = config.modules_to_save
-    return _named(names, dict(logical_modules(model)), "modules_to_save", type(model).__name__) if names else []
+    """Returns the modules trained and saved in full: those that `modules_to_save` names, and the head of the task.
+
+    PEFT adds the heads' names by itself, so a file may name some that the model lacks. Raises ConfigError for no match.
+    """
+    modules = dict(logical_modules(model))
+    heads = _TASK_HEADS.get(config.task_type or "", ())
+    present = [name for name in heads if any(matches(name, path) for path in modules)]
+    wished = config.modules_to_save or ()
+    names = [*(name for name in wished if name not in heads or not present), *present]
+    return named(names, modules, "modules_to_save", type(model).__name__) if names else []
 
 
 def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> list[str]:
@@ -326,7 +273,7 @@ def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> l
     found = [
         f"{path}.bias"
         for path, module in modules.items()
-        if isinstance(getattr(module, "bias", None), nn.Parameter) and not _within(path, saved)
+        if isinstance(getattr(module, "bias", None), nn.Parameter) and not within(path, saved)
     ]
     if not found:
         raise ConfigError(f'bias={config.bias!r}, but {type(model).__name__} has no such bias. Use bias="none".')
@@ -336,7 +283,9 @@ def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> l
 def find_for(model: nn.Module, adapter: Adapter) -> list[Site]:
     """Returns the sites of an existing adapter's configuration; raises AdapterError if the model has no such sites."""
     try:
-        return find(model, adapter.config)
+        found = find(model, adapter.config)
+        bias_paths(model, adapter.config, found)
+        return found
     except ConfigError as error:
         raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
 
@@ -352,7 +301,7 @@ def match(name: str, sites: Sequence[Site], adapter: Adapter, base: Fingerprint,
     if homeless:
         raise AdapterError(
             f"{len(homeless)} of {len(adapter.factors)} factors have no site in {name}; first: {homeless[0]}."
-            f"{_near(homeless[0], by_path)} Nothing was attached."
+            f"{near(homeless[0], by_path)} Nothing was attached."
         )
     empty = [path for path in by_path if path not in adapter.factors]
     if empty:
@@ -385,24 +334,3 @@ def _check_shapes(site: Site, adapter: Adapter, name: str) -> None:
         vector: Tensor | None = getattr(factor, what)
         if (vector is not None) != wanted or (vector is not None and vector.numel() != expected[1][-2]):
             raise AdapterError(f"{site.path} in {name}: its {what} is missing, unexpected or of the wrong size.")
-
-
-def _within(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(root + ".") for root in roots)
-
-
-def _shown(value: str | Sequence[str]) -> str:
-    return repr(value) if isinstance(value, str) else repr(list(value))
-
-
-def _near(name: str, paths: Iterable[str]) -> str:
-    """Returns " Nearest: ..." with up to three names like `name`, by their last parts, or an empty string."""
-    paths = [path for path in paths if path]
-    length = name.count(".") + 1
-    tails = dict.fromkeys(".".join(path.split(".")[-length:]) for path in paths)
-    close = difflib.get_close_matches(name, tails, n=3, cutoff=0.5)
-    return f" Nearest: {', '.join(close)}." if close else ""
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    return f"{numbers[0]} to {numbers[-1]}" if numbers else "no numbered layers"

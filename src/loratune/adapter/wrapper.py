@@ -6,6 +6,7 @@ experts), AdaptedWeights lets it compute with W + s B A in W's place. Shapes: T 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,7 +31,13 @@ class Shared:
     num_sites: int = field(default=0)
 
 
-class Slot(nn.Module):
+class Wrapper(nn.Module):
+    """What stands around a module of the base model, which is its `base`."""
+
+    base: nn.Module
+
+
+class Slot(Wrapper):
     """One site: the factors in use there as submodules (`active`), and all attached ones by adapter name (`placed`).
 
     `placed` holds plain values, so that a thousand attached adapters cost nothing in forward.
@@ -105,7 +112,7 @@ class Adapted(Slot):
         return x if keep is None else (x * keep.view_as(x)) * (1 / (1 - factor.dropout))
 
 
-class AdaptedWeights(nn.Module):
+class AdaptedWeights(Wrapper):
     """A module some of whose parameters are adapted: it computes with W + s B A in the place of each.
 
     `slots` holds one Slot per adapted parameter, by the parameter's path inside the module, dots written as "/".
@@ -138,7 +145,7 @@ class AdaptedWeights(nn.Module):
                 "its own adapter. Run each adapter's rows apart."
             )
         changed = {name: weight for name, weight in self._changed() if weight is not None}
-        return functional_call(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
+        return call_with(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
 
     def _changed(self) -> Iterator[tuple[str, Tensor | None]]:
         for key, module in self.slots.items():
@@ -146,13 +153,34 @@ class AdaptedWeights(nn.Module):
             name = key.replace("/", ".")
             weight: Tensor | None = None
             for factor in slot.factors():
-                weight = merged(slot.host, self.base.get_parameter(name) if weight is None else weight, factor)
+                weight = merged(slot.host, attrgetter(name)(self.base) if weight is None else weight, factor)
             yield name, weight
 
 
+def call_with(module: nn.Module, changed: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """Calls a module with other tensors in the place of some of its parameters.
+
+    While FSDP (version 1) computes, a plain attribute stands in a parameter's place, which functional_call passes by.
+    """
+    plain: list[tuple[dict[str, Any], str, Any]] = []
+    for path, tensor in changed.items():
+        owner, _, name = path.rpartition(".")
+        attributes = module.get_submodule(owner).__dict__
+        if name in attributes:
+            plain.append((attributes, name, attributes[name]))
+            attributes[name] = tensor
+    try:
+        return functional_call(module, dict(changed), args, kwargs)
+    finally:
+        for attributes, name, before in plain:
+            attributes[name] = before
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the frozen layer inside a wrapper, or the module itself."""
-    return module.base if isinstance(module, Adapted | AdaptedWeights) else module
+    """Returns the frozen layer inside its wrappers, or the module itself."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
 
 
 def lookup(model: nn.Module, path: str) -> nn.Module:

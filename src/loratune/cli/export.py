@@ -20,6 +20,13 @@ def export(
     output: Annotated[Path, typer.Option("--output", help="The folder to write; it must not exist yet.")],
     to: Annotated[Target, typer.Option("--to", help="merged: a plain model, the adapter added into its weights.")],
     model: BaseModelName = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; left out, weights keep the type they have."),
+    ] = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Write it although rounding loses over 5% of the update.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -35,7 +42,7 @@ def export(
     def notify(message: str) -> None:
         console.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    report = write(folder, output, model=model, dry_run=dry_run, notify=notify)
+    report = write(folder, output, model=model, dtype=dtype, accept_loss=accept_loss, dry_run=dry_run, notify=notify)
     if as_json:
         print_json(report)
     else:

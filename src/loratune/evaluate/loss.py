@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from loratune.data.encode import Document
-from loratune.evaluate.interval import bootstrap_ratio
+from loratune.evaluate.interval import Interval, bootstrap_ratio
 from loratune.model.causal import CausalModel
 
 
@@ -42,7 +42,8 @@ class Evaluation:
 def evaluate(causal: CausalModel, documents: Sequence[Document], max_tokens: int) -> Evaluation:
     """Returns the loss of the model as it stands on documents: the sum of label losses over the number of labels.
 
-    Raises DataError for fewer than two documents: an interval needs them.
+    All three figures are NaN where a document's loss is not finite. Raises DataError for fewer than two documents: an
+    interval needs them.
     """
     sums = torch.zeros(len(documents), dtype=torch.float64)
     for pack in causal.cut([document.num_tokens for document in documents], max_tokens):
@@ -50,7 +51,8 @@ def evaluate(causal: CausalModel, documents: Sequence[Document], max_tokens: int
         _, losses = causal.losses(batch)
         sums.index_add_(0, torch.tensor(pack)[batch.owners.cpu()], losses.double().cpu())
     losses, labels = sums.tolist(), [document.num_labels for document in documents]
-    interval = bootstrap_ratio(losses, labels)
+    finite = bool(sums.isfinite().all())
+    interval = bootstrap_ratio(losses, labels) if finite else Interval(math.nan, math.nan, math.nan)
     return Evaluation(
         interval.value, interval.low, interval.high, len(documents), sum(labels), tuple(losses), tuple(labels)
     )

@@ -34,11 +34,17 @@ def sample(
     prompts = [document.input_ids[:cut].tolist() for document, cut in zip(chosen, cuts, strict=True)]
     references = [document.input_ids[cut:].tolist() for document, cut in zip(chosen, cuts, strict=True)]
     longest = max(len(reference) for reference in references)
-    answers = generate(model, tokenizer, prompts, max_new_tokens=min(128, longest + longest // 4 + 4))
+    answers = generate(model, tokenizer, prompts, min(128, longest + longest // 4 + 4, _room(model, prompts)))
     return tuple(
         Sample(text_of(tokenizer, prompt), text_of(tokenizer, answer), text_of(tokenizer, reference))
         for prompt, answer, reference in zip(prompts, answers, references, strict=True)
     )
+
+
+def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+    """Returns how many tokens fit behind the longest prompt; one at least: a document fits and has a label."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return 128 if positions is None else positions - max(map(len, prompts))
 
 
 def _prompt_length(document: Document) -> int:

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "loratune_packed"  # transformers takes a name with "flash" in it for a kernel of its hub
+SHORT_TOKENS = 256  # up to here keeping P (L x L a head) is cheaper than recomputing it
 BOUNDARIES = "cu_seq_lens_q"  # a keyword that every family with the attention interface hands down
 
 # Only the building of masks looks at this; the boundaries themselves travel as a keyword, so that a backward pass in
@@ -80,6 +83,8 @@ def packed_attention(
     if boundaries is None:
         mask = attention_mask if attention_mask is not None else _window(q.shape[2], k.shape[2], causal, None, q.device)
         return _explicit(q, k, v, mask, scale, softcap, s_aux, dropout).transpose(1, 2).contiguous(), None
+    if not special and dropout == 0 and _is_short(q, v, boundaries):
+        return _ShortDocuments.apply(q, k, v, boundaries, scale, causal, sliding_window), None  # type: ignore[return-value]
     pieces: list[Tensor] = []
     for start, end in pairwise(boundaries):
         part = slice(start, end)
@@ -97,6 +102,65 @@ def packed_attention(
                 )
             )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _is_short(q: Tensor, v: Tensor, boundaries: tuple[int, ...]) -> bool:
+    """Whether to write attention out: on a CPU, in full precision, where no document is long."""
+    plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[-1] == v.shape[-1]
+    return plain and max(end - start for start, end in pairwise(boundaries)) <= SHORT_TOKENS
+
+
+class _ShortDocuments(Function):
+    """Attention of short documents written out, one batched product each: P = softmax(scale Q K^T), O = P V.
+
+    The query heads that share a key head are rows of one matrix, so nothing is repeated. P is kept for the backward:
+    dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = scale dS K;  dK = scale dS^T Q.
+    Shapes: L tokens of a document, G query heads per key head; q as (K, G L, D), P as (K, G L, L).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], scale: float, causal: bool,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        num_tokens, num_heads, width = q.shape[2], q.shape[1], q.shape[3]
+        output = q.new_empty(1, num_tokens, num_heads, width)
+        kept: list[Tensor] = []
+        for start, end in pairwise(boundaries):
+            qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
+            scores = torch.bmm(qd, kd.transpose(1, 2)).mul_(scale)
+            mask = _window(end - start, end - start, causal, window, q.device)
+            if mask is not None:
+                scores.view(k.shape[1], -1, end - start, end - start).masked_fill_(~mask, float("-inf"))
+            weights = scores.softmax(-1)
+            kept.append(weights)
+            output[0, start:end] = _unfolded(torch.bmm(weights, vd), num_heads).transpose(0, 1)
+        ctx.save_for_backward(q, k, v, output, *kept)
+        ctx.boundaries, ctx.scale = boundaries, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        q, k, v, output, *kept = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for weights, (start, end) in zip(kept, pairwise(ctx.boundaries), strict=True):
+            qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
+            gd, od = (_folded(each[0, start:end].transpose(0, 1), k.shape[1]) for each in (g, output))
+            dv[0, :, start:end] = torch.bmm(weights.transpose(1, 2), gd)
+            ds = torch.bmm(gd, vd.transpose(1, 2)).sub_((gd * od).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
+            dq[0, :, start:end] = _unfolded(torch.bmm(ds, kd), q.shape[1])
+            dk[0, :, start:end] = torch.bmm(ds.transpose(1, 2), qd)
+        return dq, dk, dv, None, None, None, None
+
+
+def _folded(heads: Tensor, groups: int) -> Tensor:
+    """(heads, L, D) -> (groups, heads / groups * L, D): heads that share a key head become rows of one matrix."""
+    return heads.reshape(groups, -1, heads.shape[-1])
+
+
+def _unfolded(rows: Tensor, num_heads: int) -> Tensor:
+    return rows.reshape(num_heads, -1, rows.shape[-1])
 
 
 def _window(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
@@ -118,7 +182,9 @@ def _explicit(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # The lowest number, not -inf: a padded row's query sees no key at all, and its NaN would spread through v.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], dim=-1)
     weights = F.dropout(scores.softmax(-1), dropout)

@@ -3,7 +3,9 @@
     checkpoints/step-000120/{adapter_config.json, adapter_model.safetensors, optimizer.safetensors, state.json,
                              MANIFEST.json}
 
-MANIFEST.json is written last and holds the size and sha256 of every other file, and the sha256 of its own content.
+The adapter's two files are for others to read; optimizer.safetensors holds what training goes on from: the trained
+parameters bit for bit, and the moments. MANIFEST.json is written last and holds the size and sha256 of every other
+file, and the sha256 of its own content.
 """
 
 import hashlib
@@ -32,7 +34,8 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def training_state(self) -> dict[str, Tensor]:
+        """Returns the optimizer's moments and the parameters they belong to."""
         return load_file(str(self.path / OPTIMIZER))
 
 
@@ -121,9 +124,18 @@ def newest(run: Path) -> tuple[Checkpoint, list[str]]:
     raise CheckpointError(f"{run} holds no complete checkpoint to resume from.{detail}")
 
 
-def retain(run: Path, keep: int, best_step: int | None) -> None:
-    """Removes all checkpoints but the last `keep` and the best."""
+def retain(run: Path, keep: int) -> None:
+    """Removes all checkpoints but the last `keep` and the ones that those name as the best so far."""
     found = folders(run)
+    needed = {_best_of(run, folder) for folder in found[-keep:]}
     for folder in found[:-keep]:
-        if best_step is None or folder != step_folder(run, best_step):
+        if folder not in needed:
             files.remove_directory(folder)
+
+
+def _best_of(run: Path, folder: Path) -> Path | None:
+    try:
+        best = json.loads((folder / STATE).read_bytes())["best"]
+        return step_folder(run, best["step"]) if best else None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged since: nobody can resume from it
+        return None

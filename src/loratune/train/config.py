@@ -48,6 +48,9 @@ NamesOrText = Annotated[
     Expected('a list of names, a regular expression, "all-linear" or a preset'),
 ]
 
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_TOKENS_EXPECTED = Expected("a list of token ids, or a mapping of embeddings to such lists")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -82,6 +85,11 @@ class AdapterConfig(_Section):
     alpha_pattern: Annotated[dict[str, Positive], Expected("a mapping of module names to alphas")] | None = None
     layers_to_transform: Annotated[list[CountOrZero], Expected("a list of layer numbers")] | None = None
     layers_pattern: Names | None = None
+    use_dora: Switch | None = None
+    lora_bias: Switch | None = None
+    target_parameters: Names | None = None
+    trainable_token_indices: Annotated[TokenIds | dict[str, TokenIds], _TOKENS_EXPECTED] | None = None
+    ensure_weight_tying: Switch | None = None
 
     def to_lora_config(self) -> "LoraConfig":
         """Returns the adapter's settings: the preset's (without one, `fast`), with every given field over them.
@@ -90,7 +98,10 @@ class AdapterConfig(_Section):
         """
         from loratune.adapter.config import LoraConfig
 
-        return LoraConfig.preset(self.preset or "fast", **self.model_dump(exclude_none=True, exclude={"preset"}))
+        given = self.model_dump(exclude_none=True, exclude={"preset"})
+        if "lora_alpha" in given:
+            given["lora_alpha"] = _whole(given["lora_alpha"])
+        return LoraConfig.preset(self.preset or "fast", **given)
 
 
 class TrainConfig(_Section):
@@ -172,6 +183,11 @@ def adapter_overrides(lora: "LoraConfig") -> dict[str, Any]:
     return {f"adapter.{name}": _listed(getattr(lora, name)) for name in names}
 
 
+def _whole(value: float) -> float:
+    """Returns 32 for 32.0, as presets and PEFT's files have it: a resumed run writes the bytes of an unbroken one."""
+    return int(value) if value == int(value) else value
+
+
 def flag_of(key: str) -> str:
     """Returns the command-line flag of a dotted key: "train.batch_size" is --batch-size, "data.train" is --data."""
     return "--data" if key == "data.train" else "--" + key.rpartition(".")[2].replace("_", "-")
@@ -231,7 +247,9 @@ def _listed(value: Any) -> Any:
     """Turns LoraConfig's frozen containers into those of YAML; an empty mapping is no setting."""
     if isinstance(value, tuple):
         return list(cast(tuple[Any, ...], value))
-    return dict(cast(Mapping[str, Any], value)) or None if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {name: _listed(item) for name, item in cast(Mapping[str, Any], value).items()} or None
+    return value
 
 
 def _keys() -> Iterator[str]:

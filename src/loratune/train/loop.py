@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loratune import files
 from loratune.adapter import peft_format
@@ -29,6 +30,7 @@ from loratune.train.signals import stop_on_signals
 
 OnEvent = Callable[[dict[str, Any]], None]
 METRICS = "metrics.jsonl"
+_PARAMETER = "parameter."
 
 
 @dataclass
@@ -114,23 +116,27 @@ def _not_finite(run: Run, rows: list[int], loss: float, norm: float) -> Training
 
 
 def train(run: Run) -> str:
-    """Trains to the end or until a signal asks to stop; returns "done" or "stopped". What was reached is saved."""
+    """Trains to the end or until a signal asks to stop; returns "done" or "stopped". What was reached is saved.
+
+    A stop waits for a step that is saved, so that a run that says it can be resumed can be: before the first
+    checkpoint, that is the first step.
+    """
     metrics = files.JsonLines(run.output / METRICS, keep=run.num_metrics)
     run.attached.train_mode(True)
     try:
         with stop_on_signals() as stop:
             if run.step == 0:
                 _evaluate(run, metrics)
-            clock = _Clock()
-            while run.step < run.num_steps and not stop.requested:
+            clock, saved = _Clock(), run.step
+            while run.step < run.num_steps and not (stop.requested and saved == run.step > 0):
                 line = clock.timed(run)
                 metrics.write({"event": "step", **line})
                 run.on_event({"event": "step", "num_steps": run.num_steps, **line})
                 if _is_due(run, run.config.eval_every, at_epochs=True):
                     _evaluate(run, metrics)
-                    save(run, metrics)
+                    saved = save(run, metrics)
                 elif stop.requested or _is_due(run, run.config.save_every, at_epochs=False):
-                    save(run, metrics)
+                    saved = save(run, metrics)
     finally:
         run.attached.shared.noise = None
         run.attached.train_mode(False)
@@ -153,9 +159,7 @@ def _evaluate(run: Run, metrics: files.JsonLines) -> None:
     result = evaluate(run.causal, run.validation.documents, run.config.micro_batch_tokens)
     run.attached.train_mode(True)
     if not math.isfinite(result.loss):
-        raise TrainingError(
-            f"step {run.step}: the held-out loss is {result.loss}; the model or the data is not finite."
-        )
+        raise _not_finite_held_out(run, result)
     run.evaluations[run.step] = result
     if run.step > 0 and (run.best is None or result.loss < run.best["loss"]):
         run.best = {"step": run.step, "loss": result.loss}
@@ -164,8 +168,21 @@ def _evaluate(run: Run, metrics: files.JsonLines) -> None:
     run.on_event(event)
 
 
-def save(run: Run, metrics: files.JsonLines) -> Path:
-    """Writes a checkpoint of the run as it stands and removes those that need not be kept."""
+def _not_finite_held_out(run: Run, result: Evaluation) -> TrainingError:
+    bad = [
+        source
+        for source, loss in zip(run.validation.sources, result.document_losses, strict=True)
+        if not math.isfinite(loss)
+    ]
+    cause = "the weights of the base model may hold NaN" if run.step == 0 else "try a smaller learning rate"
+    return TrainingError(
+        f"step {run.step}: the held-out loss of {len(bad)} of {len(run.validation)} rows is not finite "
+        f"(first: {bad[0]}); {cause}."
+    )
+
+
+def save(run: Run, metrics: files.JsonLines) -> int:
+    """Writes a checkpoint of the run as it stands and removes those that need not be kept; returns its step."""
     metrics.sync()
     adapter = run.attached.adapter
     config, tensors = peft_format.encode(adapter, run.causal.model)
@@ -174,12 +191,12 @@ def save(run: Run, metrics: files.JsonLines) -> Path:
         run.output,
         run.step,
         lambda folder: peft_format.write_into(folder, config, tensors, adapter.base),  # pyright: ignore
-        run.optimizer.state(),
+        {**_parameters(run), **run.optimizer.state()},
         state,
     )
-    checkpoint.retain(run.output, run.config.keep, run.best["step"] if run.best else None)
+    checkpoint.retain(run.output, run.config.keep)
     run.on_event({"event": "checkpoint", "step": run.step, "path": str(path)})
-    return path
+    return run.step
 
 
 class _Clock:
@@ -204,21 +221,27 @@ class _Clock:
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Puts a run back to where a checkpoint was taken: factors, moments, position."""
-    _copy_factors(run, saved.path)
-    run.optimizer.load(saved.optimizer_state())
+    """Puts a run back to where a checkpoint was taken: parameters, moments, position."""
+    run.optimizer.load(_copy_parameters(run, saved))
     run.step, run.best = saved.state["step"], saved.state["best"]
     run.num_metrics = saved.state["num_metrics"]
 
 
 def use_best(run: Run) -> None:
-    """Puts the factors of the best checkpoint into the attached adapter; without an evaluation the last stay."""
+    """Puts the parameters of the best checkpoint into the attached adapter; without an evaluation the last stay."""
     if run.best is not None and run.best["step"] != run.step:
-        _copy_factors(run, checkpoint.step_folder(run.output, run.best["step"]))
+        _copy_parameters(run, checkpoint.read(checkpoint.step_folder(run.output, run.best["step"])))
+
+
+def _parameters(run: Run) -> dict[str, Tensor]:
+    """Returns what is trained, bit for bit: the adapter's own file holds what others can read (PiSSA's as rank 2 r)."""
+    return {_PARAMETER + name: parameter.detach() for name, parameter in run.optimizer.parameters.items()}
 
 
 @torch.no_grad()
-def _copy_factors(run: Run, folder: Path) -> None:
-    values = peft_format.read(folder).flat()
-    for name, parameter in run.attached.adapter.named_parameters():
-        parameter.copy_(values[name])
+def _copy_parameters(run: Run, saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """Takes the parameters of a checkpoint; returns the moments that are stored with them."""
+    tensors = saved.training_state()
+    for name, parameter in run.optimizer.parameters.items():
+        parameter.copy_(tensors.pop(_PARAMETER + name))
+    return tensors

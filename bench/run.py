@@ -1,0 +1,136 @@
+"""Runs the benchmarks, each side in fresh processes, alternating, and writes bench/results/NAME.json and NAME.md.
+
+    make bench                      everything
+    make bench ONLY=attach          one suite
+    make bench REPEATS=1            a quick look
+
+A run starts only when the machine has been at least 95% idle for 3 seconds, and finished runs are kept: an interrupted
+benchmark goes on where it stopped. Times are of this machine on that day; the ratios are what is meant.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+MIN_IDLE, WINDOW_SECONDS, PATIENCE_SECONDS = 0.95, 3.0, 600
+
+SUITES: dict[str, list[list[str]]] = {
+    "attach": [["attach.py", side, str(count)] for count in (1, 10, 100) for side in ("ours", "peft")]
+    + [["attach.py", "ours", "1000"]],
+    "train": [
+        ["train.py", "ours", "--micro", "8"],
+        ["train.py", "peft", "--micro", "8"],
+        ["train.py", "peft", "--micro", "4", "--grouped"],
+        ["train.py", "peft", "--micro", "2", "--grouped"],
+    ],
+    "train-fast": [
+        ["train.py", "ours", "--micro", "8", "--preset", "fast", "--dropout", "0.05"],
+        ["train.py", "peft", "--micro", "8", "--preset", "fast", "--dropout", "0.05"],
+        ["train.py", "peft", "--micro", "2", "--grouped", "--preset", "fast", "--dropout", "0.05"],
+    ],
+}
+
+
+def idle_share(seconds: float) -> float:
+    def read() -> tuple[int, int]:
+        values = [int(value) for value in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+        return values[3] + values[4], sum(values)
+
+    idle, total = read()
+    time.sleep(seconds)
+    idle_after, total_after = read()
+    return (idle_after - idle) / (total_after - total)
+
+
+def wait_until_idle() -> None:
+    if not Path("/proc/stat").exists():
+        return
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while idle_share(WINDOW_SECONDS) < MIN_IDLE:
+        if time.monotonic() > deadline:
+            raise SystemExit("the machine has not been idle for 10 minutes: close other programs and run this again.")
+
+
+def machine() -> dict:
+    import torch
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    try:
+        import peft
+
+        peft_version = peft.__version__
+    except ImportError:
+        peft_version = None
+    return {
+        "cpu": cpu,
+        "cores": len(__import__("os").sched_getaffinity(0)),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft_version,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run(command: list[str]) -> dict:
+    wait_until_idle()
+    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def suite(name: str, repeats: int) -> None:
+    path = RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": {}}
+    for repeat in range(repeats):
+        for command in SUITES[name]:
+            runs = stored["runs"].setdefault(" ".join(command), [])
+            if len(runs) > repeat:
+                continue
+            runs.append(run(command))
+            print(f"{name}: {' '.join(command)}: {short(runs[-1])}", flush=True)
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(stored, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(table(name, stored))
+
+
+def short(result: dict) -> str:
+    keys = ("tokens_per_second", "peak_bytes", "first_attach", "last_attach", "switch")
+    return "  ".join(f"{key} {result[key]:.6g}" for key in keys if key in result)
+
+
+def table(name: str, stored: dict) -> str:
+    """Returns the medians and spreads of a suite as a Markdown table, with the machine's description."""
+    numbers = [key for key, value in next(iter(stored["runs"].values()))[0].items() if isinstance(value, float)]
+    numbers += [key for key in ("peak_bytes", "baseline_bytes") if key in next(iter(stored["runs"].values()))[0]]
+    rows = ["| command | " + " | ".join(numbers) + " |", "|---" * (len(numbers) + 1) + "|"]
+    for command, runs in stored["runs"].items():
+        cells = []
+        for key in numbers:
+            values = sorted(run[key] for run in runs)
+            cells.append(f"{statistics.median(values):.4g} ({values[0]:.4g} to {values[-1]:.4g})")
+        rows.append(f"| `{command}` | " + " | ".join(cells) + " |")
+    about = ", ".join(f"{key} {value}" for key, value in stored["machine"].items())
+    return f"# {name}\n\nMedian (smallest to largest). {about}.\n\n" + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="suites, separated by commas")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    for name in [each for each in options.only.split(",") if each] or list(SUITES):
+        suite(name, options.repeats)

@@ -1,0 +1,462 @@
+"""PEFT's layers over loratune's wrappers: the names PEFT gives tensors, and the state PEFT keeps in each layer.
+
+What is computed is `loratune.adapter`'s; the base's weights are never written. Shapes: I inputs, O outputs, R rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loratune.adapter.factor import LowRank, TokenRows, Transposed
+from loratune.adapter.merge import put_merged
+from loratune.adapter.sites import Site
+from loratune.adapter.variants import merged
+from loratune.adapter.wrapper import Adapted, Shared, Wrapper, call_with, unwrapped
+from loratune.compat.peft_views import RowsView, Tensors, Values, View
+from loratune.errors import AdapterError, ConfigError, ExportError
+
+MIXED_BATCH_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class BaseTunerLayer:
+    """What PEFT's layers know of themselves: which adapters are active, disabled, merged."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    _disable_adapters = False
+    _active_adapter: str | list[str] = "default"
+    merged_adapters: list[str]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def adapter_names(self) -> list[str]:
+        """Returns the adapters this layer has."""
+        raise NotImplementedError
+
+    def trained(self, name: str) -> Iterator[nn.Parameter]:
+        """Yields the parameters of one adapter here."""
+        for container in self.adapter_layer_names:
+            held: Any = getattr(self, container)
+            if name in held:
+                yield from [held[name]] if isinstance(held[name], nn.Parameter) else held[name].parameters()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones of this layer: they alone train, unless `inference_mode`."""
+        self._active_adapter = adapter_names
+        for name in self.adapter_names():
+            self.set_requires_grad(name, name in self.active_adapters and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.trained(name):
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters of this layer on or off; a merged layer that is switched off is unmerged."""
+        self._disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self._active_adapter)
+            return
+        if self.merged:
+            self.unmerge()
+        self.set_requires_grad(self.adapter_names(), False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for container in self.adapter_layer_names:
+            held: Any = getattr(self, container)
+            if adapter_name in held:
+                del held[adapter_name]
+
+    def unmerge(self) -> None:
+        """Puts the base's own weights back, bit for bit."""
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapter_names())
+
+
+class LoraLayer(Adapted, BaseTunerLayer):
+    """A frozen layer and its factors, laid out as PEFT's: `base_layer`, `lora_A`, `lora_B`, `scaling`, ..."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "lora_start")
+
+    def __init__(self, site: Site, shared: Shared) -> None:
+        super().__init__(site.module, site.host, shared)
+        self._modules["base_layer"] = self._modules.pop("base")
+        del self._modules["active"]
+        self.where = site
+        self.in_features, self.out_features = site.sizes
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_magnitude_vector, self.lora_start = nn.ModuleDict(), nn.ModuleDict()
+        self.r, self.scaling = Values(self, "rank"), Values(self, "scale")
+        self.lora_alpha, self.lora_dropout = Values(self, "lora_alpha"), Values(self, "dropout")
+        self.merged_adapters: list[str] = []
+        self.before_merge: dict[str, nn.Parameter] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(nn.Module.__getattr__(self, "base_layer"), name)
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+    @property
+    def base(self) -> nn.Module:  # type: ignore[override]
+        return self._modules["base_layer"]  # type: ignore[return-value]
+
+    @property
+    def active(self) -> list[LowRank]:  # type: ignore[override]
+        if self._disable_adapters or self.merged:
+            return []
+        return [factor for name in self.active_adapters for factor in self.placed.get(name, ())]
+
+    def adapter_names(self) -> list[str]:
+        return list(self.placed)
+
+    def get_base_layer(self) -> nn.Module:
+        return unwrapped(self)
+
+    def hold(self, site: Site, name: str, factor: LowRank) -> LowRank:
+        """Puts a factor's tensors into the containers under an adapter's name; returns the factor that reads them."""
+        if isinstance(factor, Transposed):
+            return factor
+        factor = factor.to(site.weight.device)
+        _HOLDERS.get(site.host.kind, _hold_linear)(self, site, name, factor)
+        if factor.A0 is not None:
+            self.lora_start[name] = Tensors(start=(factor.A0, factor.B0))  # type: ignore[arg-type]
+        if factor.magnitude is not None:
+            shape = (1, -1, *(1,) * (factor.A.ndim - 2)) if site.host.kind == "Conv" else (-1,)
+            self.lora_magnitude_vector[name] = Tensors(factor.magnitude.detach().view(shape))
+        return View(self, name, factor, factor.A.shape[0] if factor.B.ndim == 3 else None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._disable_adapters or self.merged:
+            return self.base(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.placed.pop(adapter_name, None)
+        if adapter_name in self.lora_start:
+            del self.lora_start[adapter_name]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Returns s B A as the base stores its weight."""
+        return self.host.oriented(sum(factor.delta() for factor in self.placed[adapter]))  # type: ignore[arg-type]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scale to `scale` times that of the configuration."""
+        view: Any = self.placed[adapter][0]
+        view.scale = scale * view.lora_alpha / view.rank
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts W + s B A in the place of W; W itself is kept and comes back at `unmerge`.
+
+        Raises AdapterError with `safe_merge` if the sum is not finite, ExportError for a bias the layer cannot take.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.placed and name not in self.merged_adapters:
+                self._merge_one(name, safe_merge)
+
+    def _merge_one(self, name: str, safe_merge: bool) -> None:
+        holder = unwrapped(self).get_submodule((self.where.parameter or "").rpartition(".")[0])
+        before = dict(holder._parameters)
+        for factor in self.placed[name]:
+            if factor.bias is not None and before.get("bias") is None:
+                raise ExportError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+            put_merged(self.where, factor)
+        if safe_merge and not all(p.isfinite().all() for p in holder._parameters.values() if p is not None):
+            holder._parameters.update(before)
+            raise AdapterError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.before_merge = {**before, **self.before_merge}  # type: ignore[dict-item]  # the first merge's win
+        self.merged_adapters = [*self.merged_adapters, name]
+
+    def unmerge(self) -> None:
+        holder = unwrapped(self).get_submodule((self.where.parameter or "").rpartition(".")[0])
+        for name, parameter in self.before_merge.items():
+            if parameter is not None and holder._parameters[name] is not parameter:
+                parameter.data = parameter.data.to(holder._parameters[name])  # where the model was moved meanwhile
+                holder._parameters[name] = parameter
+        self.before_merge, self.merged_adapters = {}, []
+
+
+def _hold_linear(layer: LoraLayer, site: Site, name: str, factor: LowRank) -> None:
+    A, B = factor.A.detach(), factor.B.detach()
+    if B.ndim == 3:
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    layer.lora_A[name] = _with(nn.Linear(A.shape[1], A.shape[0], bias=False, device="meta"), A, None)
+    layer.lora_B[name] = _with(nn.Linear(B.shape[1], B.shape[0], bias=False, device="meta"), B, factor.bias)
+
+
+def _hold_conv(layer: LoraLayer, site: Site, name: str, factor: LowRank) -> None:
+    base: Any = site.module
+    kind: Any = type(base)
+    rank, outputs, groups = factor.A.shape[0], factor.B.shape[0], factor.groups
+    wide = {"groups": groups, "bias": False, "device": "meta"}
+    placed = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    layer.lora_A[name] = _with(kind(base.in_channels, rank, base.kernel_size, **placed, **wide), factor.A, None)
+    B = factor.B.detach()[(...,) + (None,) * (factor.A.ndim - 2)]
+    layer.lora_B[name] = _with(kind(rank, outputs, 1, **wide), B, factor.bias)
+
+
+def _hold_embedding(layer: LoraLayer, site: Site, name: str, factor: LowRank) -> None:
+    layer.lora_embedding_A[name] = nn.Parameter(factor.A.detach())
+    layer.lora_embedding_B[name] = nn.Parameter(factor.B.detach())
+
+
+_HOLDERS = {"Conv": _hold_conv, "Embedding": _hold_embedding}
+
+
+def _with(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    module._parameters["weight"] = nn.Parameter(weight.detach())
+    module._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach())
+    return module
+
+
+class Linear(LoraLayer):
+    """A linear layer (transformers' Conv1D too) with factors."""
+
+
+class Embedding(LoraLayer):
+    """An embedding with factors."""
+
+
+class Conv1d(LoraLayer):
+    """A convolution with factors."""
+
+
+class Conv2d(LoraLayer):
+    """A convolution with factors."""
+
+
+class Conv3d(LoraLayer):
+    """A convolution with factors."""
+
+
+class ParamWrapper(LoraLayer):
+    """A module that computes with W + s B A in the place of one of its parameters; several are nested."""
+
+    def __init__(self, site: Site, shared: Shared) -> None:
+        super().__init__(site, shared)
+        self.parameter_name = site.parameter or "weight"
+
+    def extra_repr(self) -> str:
+        return (
+            f"parameter_name={self.parameter_name!r}, in_features={self.in_features}, out_features={self.out_features}"
+        )
+
+    def get_param(self) -> Tensor:
+        return getattr(unwrapped(self), self.parameter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.shared.rows is not None and not self._disable_adapters:
+            raise TypeError(f"lora.{type(self).__name__} does not support mixed adapter batches.")
+        changed = dict(self.changed())
+        return call_with(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
+
+    def changed(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the parameters that are replaced, by their names inside `base_layer`."""
+        prefix, inner = "", self.base
+        while isinstance(inner, LoraLayer):
+            prefix, inner = prefix + "base_layer.", inner.base
+        if self.active:
+            yield prefix + self.parameter_name, self.total()
+
+    def total(self) -> Tensor:
+        """Returns W + s B A, differentiable."""
+        weight = self.get_param()
+        for factor in self.active:
+            weight = merged(self.host, weight, factor)
+        return weight
+
+
+class MultiheadAttention(ParamWrapper):
+    """torch's attention: q, k and v are one parameter, and the output projection's weight is read, never called."""
+
+    def changed(self) -> Iterator[tuple[str, Tensor]]:
+        yield from super().changed()
+        projection: Any = self.base.out_proj
+        if isinstance(projection, ParamWrapper) and projection.active:
+            yield "out_proj.base_layer.weight", projection.total()
+
+    def _restore_weights(self) -> None:
+        """Nothing to restore: the weights were never written."""
+
+
+_CLASSES = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Embedding: Embedding}
+
+
+def layer_class(site: Site) -> type[LoraLayer]:
+    """Returns the class that stands around a site's module."""
+    if site.parameter is not None:
+        return MultiheadAttention if site.parameter == "in_proj_weight" else ParamWrapper
+    return next((found for kind, found in _CLASSES.items() if isinstance(site.module, kind)), Linear)
+
+
+def leaf(site: Site) -> Site:
+    """Returns a site in terms of the module that owns the parameter: an attention's out_proj stands on its own."""
+    owner, _, name = (site.parameter or "").rpartition(".")
+    if not owner:
+        return site
+    return replace(
+        site, module=unwrapped(site.module.get_submodule(owner)), parameter=name, owner=f"{site.owner}.{owner}"
+    )
+
+
+class AuxiliaryTrainingWrapper(Wrapper, BaseTunerLayer):
+    """What stands around a module that an adapter trains other than by a factor."""
+
+    shared: Shared
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in super().active_adapters if name in self.adapter_names()]
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.adapter_names())
+
+    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+        """Raises AdapterError if more than one of these adapters is here: their copies cannot be added."""
+        here = [name for name in adapter_names if name in self.adapter_names()]
+        if len(here) > 1:
+            raise AdapterError(
+                f"Only one adapter can be set at a time for {type(self).__name__}, got {len(here)}: {here}."
+            )
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module of the base and the copies of it that adapters train (`modules_to_save`)."""
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, original: nn.Module, shared: Shared) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.shared = shared
+        self.merged_adapters = []
+        self.training = original.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.chosen(), name)
+
+    @property
+    def base(self) -> nn.Module:  # type: ignore[override]
+        return self.original_module
+
+    def adapter_names(self) -> list[str]:
+        return list(self._modules["modules_to_save"])  # type: ignore[arg-type]
+
+    def chosen(self, names: Sequence[str] | None = None) -> nn.Module:
+        """Returns the module that computes: the copy of an active (or named) adapter, else the base's."""
+        copies: Any = self._modules["modules_to_save"]
+        wanted = self.active_adapters if names is None else [name for name in names if name in copies]
+        return self._modules["original_module"] if self._disable_adapters or not wanted else copies[wanted[0]]  # type: ignore[return-value]
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.shared.rows is None or self._disable_adapters:
+            return self.chosen()(x, *args, **kwargs)
+        if not isinstance(unwrapped(self), MIXED_BATCH_MODULES):
+            names = ", ".join(kind.__name__ for kind in MIXED_BATCH_MODULES)
+            raise TypeError(f"Mixed batching is only supported for the following modules: {names}.")
+        y = self.original_module(x, *args, **kwargs)
+        for name, index in self.shared.rows.items():
+            if name in self.modules_to_save:
+                y = y.index_copy(0, index, self.modules_to_save[name](x[index], *args, **kwargs))
+        return y
+
+
+class TokenAdapter(nn.Module, BaseTunerLayer):
+    """The rows of an embedding that adapters train, by name: `trainable_tokens_delta` holds the rows themselves."""
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.one_hot = nn.ModuleDict()
+        self.trainable_tokens_original: dict[str, Tensor] = {}
+        self.token_indices: dict[str, list[int]] = {}
+        self.merged_adapters = []
+        self.in_features, self.out_features = base.weight.shape  # type: ignore[misc]
+
+    def adapter_names(self) -> list[str]:
+        return list(self.trainable_tokens_delta)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for held in (self.one_hot, self.trainable_tokens_original, self.token_indices):
+            if adapter_name in held:
+                del held[adapter_name]
+
+
+class TrainableTokensWrapper(LoraLayer, AuxiliaryTrainingWrapper):
+    """An embedding with trained rows, or the head that shares its weight with one."""
+
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
+
+    def __init__(self, site: Site, shared: Shared, tied: TokenAdapter | None = None) -> None:
+        super().__init__(site, shared)
+        for name in list(self._modules):
+            del self._modules[name]
+        self.token_adapter = TokenAdapter(site.module) if tied is None else tied
+        self.__dict__["own_base"] = site.module if tied is not None else None
+
+    @property
+    def base(self) -> nn.Module:  # type: ignore[override]
+        return self.__dict__["own_base"] or self.token_adapter.base_layer
+
+    original_module = base_layer = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(nn.Module.__getattr__(self, "token_adapter").base_layer, name)
+
+    def trained(self, name: str) -> Iterator[nn.Parameter]:
+        return self.token_adapter.trained(name)
+
+    def hold(self, site: Site, name: str, factor: LowRank) -> LowRank:
+        if isinstance(factor, Transposed):
+            return factor
+        if not isinstance(factor, TokenRows):
+            raise ConfigError(f"{site.owner} has trainable_token_indices, so it cannot be a target of LoRA as well.")
+        index = torch.as_tensor(site.tokens, device=site.weight.device)
+        rows = site.weight.detach()[index].to(factor.B.dtype) + factor.B.detach().T.to(index.device)
+        tokens = self.token_adapter
+        tokens.trainable_tokens_delta[name] = nn.Parameter(rows)
+        tokens.trainable_tokens_original[name] = site.weight.detach()[index].clone()
+        tokens.token_indices[name] = list(site.tokens or ())
+        tokens.one_hot[name] = Tensors(start=(factor.A.to(index.device), factor.A.new_empty(0)))
+        return RowsView(self, name, factor)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.token_adapter.delete_adapter(adapter_name)
+        self.placed.pop(adapter_name, None)
