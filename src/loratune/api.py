@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import files
-from loratune.adapter import peft_format, roles
+from loratune.adapter import peft_format
 from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
+from loratune.adapter.summary import coverage
 from loratune.data.dataset import Dataset, hold_out, load_dataset
 from loratune.data.encode import Encoder
 from loratune.errors import ConfigError, DataError
@@ -30,7 +31,17 @@ from loratune.train.config import DataConfig, ResolvedConfig, RunConfig, adapter
 from loratune.train.loop import OnEvent, Run
 from loratune.train.optim import Optimizer
 
-__all__ = ["RunResult", "adapter_info", "attach", "export_merged", "load_adapter", "load_model", "resume", "run", "train"]
+__all__ = [
+    "RunResult",
+    "adapter_info",
+    "attach",
+    "export_merged",
+    "load_adapter",
+    "load_model",
+    "resume",
+    "run",
+    "train",
+]
 
 RUN_FILE, SAMPLES, ABOUT = "run.yaml", "samples.jsonl", "loratune.json"
 
@@ -337,7 +348,7 @@ def _check_task(task_type: str | None) -> None:
 
 
 def _check_coverage(attached: Attached, allow_uneven: bool) -> None:
-    uneven = roles.coverage(attached.model, list(attached.adapter.factors)).uneven
+    uneven = coverage(attached.model, attached.adapter).uneven
     chosen = attached.config.layers_to_transform
     if uneven and not allow_uneven and not chosen:
         raise ConfigError(

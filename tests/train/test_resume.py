@@ -245,6 +245,7 @@ def change_model(project: Project, run: Path) -> None:
         (change_rank, r"adapter\.r was 16, is 8"),
         (change_model, r"base_model was \S+, is \S+"),
     ],
+    ids=["data", "rate", "rank", "model"],
 )
 def test_what_would_not_continue_the_run_is_refused(
     project: Project, tmp_path: Path, change: Callable[[Project, Path], None], named: str

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from loratune import files
@@ -54,7 +54,16 @@ def write_into(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor],
     if base is not None:
         metadata[_METADATA] = json.dumps({"base": base.to_json()}, sort_keys=True)
     files.write_json(folder / CONFIG, config)
-    save_file(tensors, str(folder / WEIGHTS), metadata)
+    files.atomic_write(folder / WEIGHTS, _sorted_header(save(tensors, metadata)))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same file with its header's keys in order: safetensors writes metadata in an order that changes by process,
+    and two saves of one adapter should be the same bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def encode(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -53,6 +53,11 @@ class Site:
         return self.host.sizes(self.module)
 
     @property
+    def is_layer(self) -> bool:
+        """Whether the site is a layer's own weight, not rows of an embedding or a weight inside a module."""
+        return self.path == self.owner
+
+    @property
     def weight(self) -> nn.Parameter:
         return attrgetter(self.parameter or "weight")(self.module)  # while FSDP computes, it is no Parameter
 

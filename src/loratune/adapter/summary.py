@@ -11,19 +11,27 @@ from loratune.adapter.sites import Site, find, logical_modules
 
 def summarize(model: nn.Module, adapter: Adapter) -> str:
     """Returns the table of what is trained: settings, parameters, role coverage, and what a reader must know."""
-    config, factors = adapter.config, adapter.factors
+    config, found = adapter.config, find(model, adapter.config)
     trained = adapter.num_parameters()
     own = {id(parameter) for _, parameter in adapter.named_parameters()}
     total = sum(p.numel() for p in {id(p): p for p in model.parameters() if id(p) not in own}.values())
     lines = [
-        f"LoRA on {type(model).__name__}: {len(factors)} layers, r={config.r}, lora_alpha={config.lora_alpha:g}, "
+        f"LoRA on {type(model).__name__}: {len(found)} sites, r={config.r}, lora_alpha={config.lora_alpha:g}, "
         f"scale {config.lora_alpha / config.r:g}, dropout {config.lora_dropout:g}, bias {config.bias}",
         f"trainable parameters: {trained:,} of {total + trained:,} ({trained / (total + trained):.4%})",
-        *roles.coverage(model, list(factors)).render().splitlines(),
+        *coverage(model, adapter).render().splitlines(),
+        *(f"rows trained: {len(site.tokens)} of {site.owner}" for site in found if site.tokens and not site.tied_to),
+        *(f"weights adapted inside {site.owner}: {site.parameter}" for site in found if site.parameter),
         *(f"trained whole: {path}" for path in adapter.saved),
         *notes(model, adapter),
     ]
     return "\n".join(lines)
+
+
+def coverage(model: nn.Module, adapter: Adapter) -> roles.Coverage:
+    """Returns the map role x layer of the adapted layers; token rows and weights inside a module are no layers."""
+    found = find(model, adapter.config)
+    return roles.coverage(model, [site.path for site in found if site.is_layer])
 
 
 def notes(model: nn.Module, adapter: Adapter) -> list[str]:

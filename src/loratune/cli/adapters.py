@@ -1,5 +1,6 @@
 """`loratune adapters`: what an adapter is, how two differ, who can load it, and other formats of it."""
 
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -115,21 +116,28 @@ def diff(
         print_json(report)
         return 0
     console = _console(as_json)
-    sites = {"in both": report["num_shared"], f"only in {one}": report["only_one"]}
-    sites[f"only in {other}"] = report["only_other"]
-    counts = {name: len(value) if isinstance(value, list) else value for name, value in sites.items()}
-    show_report(console, f"{one} and {other}: sites", counts)
-    if report["settings"]:
-        show_report(console, "settings", {"": report["settings"]})
+    _show_difference(console, report)
     _show_groups(console, report["groups"])
-    chances = [f"{_number(group[f'chance_{what}'])}" for group in report["groups"][:1] for what in ("top", "span")]
-    if chances:
-        _show_notes(console, [f"By chance φ(1, 1) would be {chances[0]} and φ(r, r) {chances[1]}. "
-            "Adapters that began from one seed share most of A's span before any training."])  # fmt: skip
     _show_notes(console, report["notes"])
     if figure is not None:
         console.print(f"\nwrote {figure}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _show_difference(console: "Console", report: Mapping[str, Any]) -> None:
+    """What the two are, and the settings that differ."""
+    lines = [f"{name}  {report[key]}" for name, key in (("first ", "one"), ("second", "other"))]
+    alone = [
+        f"{len(report[key])} only in the {name}" for name, key in (("first", "only_one"), ("second", "only_other"))
+    ]
+    lines.append(", ".join([f"sites   {report['num_shared']} in both", *alone]))
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = _table(("", "first", "second"))
+    for each in report["settings"]:
+        table.add_row(each["setting"], shown(each["one"]), shown(each["other"]))
+    if report["settings"]:
+        _show_table(console, "settings that differ", table)
 
 
 @app.command("check")
@@ -150,7 +158,7 @@ def check(
     if as_json:
         print_json({"path": folder, "refused": refused, "consumers": report})
     else:
-        _show_findings(_console(as_json), report)
+        _show_findings(_console(as_json), folder, report)
     return 2 if refused else 0
 
 
@@ -266,7 +274,7 @@ def _show_notes(console: "Console", notes: Sequence[str]) -> None:
         console.print(f"\n{note}", style="dim", markup=False, highlight=False)
 
 
-def _show_findings(console: "Console", report: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+def _show_findings(console: "Console", folder: Path, report: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
@@ -278,6 +286,9 @@ def _show_findings(console: "Console", report: Mapping[str, Sequence[Mapping[str
             mark, style = _MARKS[each["severity"]]
             console.print(Padding(Text.assemble((f"{mark} ", style), f"{each['what']}."), (0, 0, 0, 2)))
             console.print(Padding(Text(each["advice"], style="dim"), (0, 0, 0, 4)))
+            if each["command"]:  # on one line, to be copied
+                command = each["command"].replace("ADAPTER", shlex.quote(str(folder)))
+                console.print(f"    {command}", style="cyan", markup=False, highlight=False, soft_wrap=True)
 
 
 def _number(value: float | None) -> str:
@@ -285,4 +296,6 @@ def _number(value: float | None) -> str:
         return "-"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3f}" if 1e-3 <= abs(value) < 10 else f"{value:.3g}"
+    if 0 < abs(value) < 5e-4:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"

@@ -28,6 +28,7 @@ from loratune.compat.peft_config import (
 from loratune.compat.peft_layers import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
+    KnownToPeft,
     LoraLayer,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
@@ -45,6 +46,7 @@ from loratune.compat.peft_state import (
     LoadResult,
     get_base_model_state_dict,
     get_peft_model_state_dict,
+    hotswap_adapter,
     load_peft_weights,
     set_base_model_state_dict,
     set_peft_model_state_dict,
@@ -58,7 +60,7 @@ __all__ = [
     "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "PeftType", "PeftWarning", "TaskType",
     "TrainableTokensWrapper", "get_base_model_state_dict", "get_layer_status", "get_model_status", "get_peft_config",
-    "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model", "load_peft_weights",
+    "get_peft_model", "get_peft_model_state_dict", "hotswap_adapter", "inject_adapter_in_model", "load_peft_weights",
     "set_base_model_state_dict", "set_peft_model_state_dict",
 ]  # fmt: skip
 
@@ -77,18 +79,19 @@ class _Forward:
             return self.model.base_model(*args, **kwargs)
 
 
+def _unbound(model: "PeftModel", *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+    """What `PeftModel.forward` is; it names `labels` because trainers look there for a model's labels."""
+    return _Forward(model)(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+
+
 class _ForwardOf:
     """Binds `_Forward`; not a data descriptor, since trainers set `forward` on the instance."""
 
     def __get__(self, model: "PeftModel | None", kind: type) -> Any:
-        return self if model is None else _Forward(model)
-
-    def __call__(self, model: "PeftModel", *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """Calls the model; `labels` is named because trainers look for it here."""
-        return _Forward(model)(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+        return _unbound if model is None else _Forward(model)
 
 
-class PeftModel(nn.Module):
+class PeftModel(KnownToPeft, nn.Module):
     """A model with LoRA adapters, by PEFT's names: `base_model.model` is the base, its layers wrapped in place."""
 
     def __init__(
@@ -106,7 +109,7 @@ class PeftModel(nn.Module):
         if getattr(model, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 
-    forward = _ForwardOf()
+    forward: Any = _ForwardOf()  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -3,6 +3,7 @@
 What is computed is `loratune.adapter`'s; the base's weights are never written. Shapes: I inputs, O outputs, R rank.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,20 @@ from loratune.compat.peft_views import RowsView, Tensors, Values, View
 from loratune.errors import AdapterError, ConfigError, ExportError
 
 MIXED_BATCH_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class KnownToPeft:
+    """Makes isinstance(x, peft.Y) hold for what PEFT calls Y, once PEFT is loaded: trainers tell adapters from it."""
+
+    peft_module = "peft"
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        theirs = getattr(sys.modules.get(self.peft_module), type(self).__name__, None)
+        return theirs if isinstance(theirs, type) else type(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (type(self),), self.__dict__
 
 
 class BaseTunerLayer:
@@ -91,11 +106,12 @@ class BaseTunerLayer:
         return sorted(self.adapter_names())
 
 
-class LoraLayer(Adapted, BaseTunerLayer):
+class LoraLayer(KnownToPeft, Adapted, BaseTunerLayer):
     """A frozen layer and its factors, laid out as PEFT's: `base_layer`, `lora_A`, `lora_B`, `scaling`, ..."""
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "lora_start")
+    peft_module = "peft.tuners.lora.layer"
 
     def __init__(self, site: Site, shared: Shared) -> None:
         super().__init__(site.module, site.host, shared)
@@ -188,15 +204,15 @@ class LoraLayer(Adapted, BaseTunerLayer):
         if safe_merge and not all(p.isfinite().all() for p in holder._parameters.values() if p is not None):
             holder._parameters.update(before)
             raise AdapterError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.before_merge = {**before, **self.before_merge}  # type: ignore[dict-item]  # the first merge's win
+        replaced = {key: p for key, p in before.items() if p is not None and holder._parameters[key] is not p}
+        self.before_merge = {**replaced, **self.before_merge}  # what the first merge replaced comes back
         self.merged_adapters = [*self.merged_adapters, name]
 
     def unmerge(self) -> None:
         holder = unwrapped(self).get_submodule((self.where.parameter or "").rpartition(".")[0])
         for name, parameter in self.before_merge.items():
-            if parameter is not None and holder._parameters[name] is not parameter:
-                parameter.data = parameter.data.to(holder._parameters[name])  # where the model was moved meanwhile
-                holder._parameters[name] = parameter
+            parameter.data = parameter.data.to(holder._parameters[name])  # where the model was moved meanwhile
+            holder._parameters[name] = parameter
         self.before_merge, self.merged_adapters = {}, []
 
 
@@ -438,7 +454,8 @@ class TrainableTokensWrapper(LoraLayer, AuxiliaryTrainingWrapper):
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            return getattr(nn.Module.__getattr__(self, "token_adapter").base_layer, name)
+            tokens: Any = nn.Module.__getattr__(self, "token_adapter")
+            return getattr(tokens.base_layer, name)
 
     def trained(self, name: str) -> Iterator[nn.Parameter]:
         return self.token_adapter.trained(name)

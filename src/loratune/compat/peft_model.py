@@ -138,8 +138,8 @@ class Layers(Attachments):
     def _check_new(self, name: str, config: LoraConfig) -> None:
         if name in self.adapters:
             raise AdapterError(f"Adapter with name '{name}' already exists. Give another name, or delete it first.")
-        if "." in name:
-            raise ConfigError(f"adapter name {name!r} holds a dot, which a module's name cannot.")
+        if "." in name or hasattr(nn.ModuleDict, name):
+            raise ConfigError(f"adapter name {name!r} cannot be a module's: no dots, no names of torch's own methods.")
         if self.peft_config and any(each.bias != "none" for each in (config, *self.peft_config.values())):
             raise AdapterError("LoraModel supports only 1 adapter with bias. Set bias to 'none' for all adapters.")
 
@@ -165,12 +165,12 @@ class Layers(Attachments):
 
     def enable(self, enabled: bool) -> None:
         """Switches all adapters on or off, trained biases and modules included."""
-        if not enabled:
-            self._restore_originals(self.model)
         for layer in self.all():
             layer.enable_adapters(enabled)
         if enabled:
             self.set_adapter(self.active, self.frozen)
+        else:
+            self._restore_originals(self.model)
 
     def delete(self, name: str) -> None:
         """Forgets an adapter; where it was active, the first of the others becomes active. Raises AdapterError."""

@@ -17,17 +17,22 @@ from loratune.errors import ConfigError
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 _VLLM_DEFAULT_RANK = 16
-_MERGE = "Export a merged model instead: loratune export ADAPTER --to merged --output DIR."
+_MERGE = "Export a merged model instead.", "loratune export ADAPTER --to merged --output DIR"
+_CONVERT = "loratune adapters convert ADAPTER NEW --to peft"
 _HEADS, _EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "word_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing a consumer does with an adapter. severity: "refuse" (not loaded, or applied wrongly) or "note"."""
+    """One thing a consumer does with an adapter. severity: "refuse" (not loaded, or applied wrongly) or "note".
+
+    command: what to run, with ADAPTER in place of the adapter's folder; empty if there is nothing to run.
+    """
 
     severity: str
     what: str
     advice: str
+    command: str = ""
 
 
 Check = Callable[[LoraConfig, Adapter], Iterator[Finding]]
@@ -47,8 +52,8 @@ def _peft(config: LoraConfig, adapter: Adapter) -> Iterator[Finding]:
     if not _stacked(config, adapter):
         return
     if stored.expert_layout(adapter) == "peft-0.18":
-        advice = "Convert it: loratune adapters convert ADAPTER NEW --to peft --from peft-0.18."
-        yield Finding("refuse", "stacked experts lie as PEFT 0.18 stored them; later versions cannot load them", advice)
+        what = "stacked experts lie as PEFT 0.18 stored them; later versions cannot load them"
+        yield Finding("refuse", what, "Convert it.", f"{_CONVERT} --from peft-0.18")
     else:
         yield Finding(
             "note", "stacked experts (target_parameters) changed their layout", "Load with PEFT 0.19 or later."
@@ -74,8 +79,8 @@ def _vllm_rank(rank: int) -> Iterator[Finding]:
         return
     allowed = next((each for each in VLLM_RANKS if each >= rank), None)
     if allowed is None:
-        advice = f"Compress it: loratune adapters convert ADAPTER NEW --to peft --rank {VLLM_RANKS[-1]}."
-        yield Finding("refuse", f"rank {rank} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}", advice)
+        what = f"rank {rank} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}"
+        yield Finding("refuse", what, "Compress it.", f"{_CONVERT} --rank {VLLM_RANKS[-1]}")
     else:
         what = f"rank {rank} is above vLLM's default limit of {_VLLM_DEFAULT_RANK}"
         yield Finding("note", what, f"Serve with --enable-lora --max-lora-rank {allowed}.")
@@ -85,13 +90,13 @@ def _llama_cpp(config: LoraConfig, adapter: Adapter) -> Iterator[Finding]:
     yield from _beyond_factors(config, adapter)
     yield from _stacked_refused(config, adapter)
     if convolutions := [path for path, factor in adapter.factors.items() if factor.A.ndim > 2]:
-        yield Finding("refuse", f"{convolutions[0]} is a convolution; its factor is no matrix", _MERGE)
+        yield Finding("refuse", f"{convolutions[0]} is a convolution; its factor is no matrix", *_MERGE)
     yield from _wrong_scales("llama.cpp", config, adapter, lambda factor: config.lora_alpha / factor.rank)
     if heads := _ending(adapter, _HEADS):
         tied = config.ensure_weight_tying
         what = "shares its weight with the embedding" if tied else "is adapted: refused if the base ties it"
-        advice = _MERGE if tied else "If the base has tie_word_embeddings, export a merged model instead."
-        yield Finding("refuse" if tied else "note", f"{heads[0]} {what}", advice)
+        advice = _MERGE if tied else ("If the base has tie_word_embeddings, export a merged model instead.", _MERGE[1])
+        yield Finding("refuse" if tied else "note", f"{heads[0]} {what}", *advice)
 
 
 def _beyond_factors(config: LoraConfig, adapter: Adapter) -> Iterator[Finding]:
@@ -105,12 +110,14 @@ def _beyond_factors(config: LoraConfig, adapter: Adapter) -> Iterator[Finding]:
     }
     for what, there in found.items():
         if there:
-            yield Finding("refuse", f"{what} cannot be loaded", _MERGE)
+            yield Finding("refuse", f"{what} cannot be loaded", *_MERGE)
 
 
 def _stacked_refused(config: LoraConfig, adapter: Adapter) -> Iterator[Finding]:
     if paths := _stacked(config, adapter):
-        yield Finding("refuse", f"{paths[0]} holds stacked experts (target_parameters), read in another layout", _MERGE)
+        yield Finding(
+            "refuse", f"{paths[0]} holds stacked experts (target_parameters), read in another layout", *_MERGE
+        )
 
 
 def _wrong_scales(
@@ -126,7 +133,8 @@ def _wrong_scales(
             "refuse",
             f"{len(wrong)} of {len(plain)} sites would be scaled wrongly, in silence: {path} by {applied(factor):.4g} "
             f"instead of {factor.scale:.4g}; {consumer} knows one r and lora_alpha",
-            f"Fold the scales in: loratune adapters convert ADAPTER NEW --to peft --rank {rank}.",
+            "Fold the scales in; nothing else changes.",
+            f"{_CONVERT} --rank {rank}",
         )
 
 

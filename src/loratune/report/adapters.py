@@ -139,7 +139,7 @@ def diff(one: Path, other: Path) -> dict[str, Any]:
         "num_shared": len(shared),
         "only_one": sorted(first.factors.keys() - second.factors.keys(), key=_natural),
         "only_other": sorted(second.factors.keys() - first.factors.keys(), key=_natural),
-        "notes": _diff_notes(first, second, stacked),
+        "notes": [*_chance_notes(rows), *_diff_notes(first, second, stacked)],
         "groups": [{**group, **_mean_grid(group, rows)} for group in grouped(rows, DIFF_MEASURES)],
         "sites": rows,
     }
@@ -189,6 +189,16 @@ def _shown_setting(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _shown_setting(item) for name, item in value.items()}
     return sorted(value) if isinstance(value, tuple) else value
+
+
+def _chance_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    top, span = (statistics.median(row[name] for row in rows) for name in ("chance_top", "chance_span"))
+    return [
+        f"Random spans of these sizes would have φ(1, 1) = {top:.2g} and φ(r, r) = {span:.2g} on average. Adapters "
+        "that began from one seed share most of the span of A before any training."
+    ]
 
 
 def _diff_notes(one: Adapter, other: Adapter, stacked: Sequence[str]) -> list[str]:
