@@ -163,7 +163,7 @@ def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> 
 
 
 def test_a_failed_wish_leaves_earlier_adapters_alone() -> None:
-    model = model_of()
+    model = model_of(bias="lora_only")
     before = model(ids())
     for config, message in ((LoraConfig(target_modules=["lin9"]), "lin9"), (LoraConfig(bias="all"), "bias")):
         with pytest.raises((AdapterError, ConfigError), match=message):

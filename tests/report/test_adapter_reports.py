@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from families import FAMILIES
 from loratune.adapter import analysis, peft_format
 from loratune.adapter.attach import attach
 from loratune.adapter.config import LoraConfig
@@ -18,6 +18,7 @@ from loratune.errors import AdapterError
 from loratune.report import adapters as reports
 from oracles import randomise
 from stored_adapters import saved
+from tiny_run import tokenizer
 
 
 def test_info_is_what_the_full_matrices_say(tmp_path: Path) -> None:
@@ -42,12 +43,14 @@ def test_info_is_what_the_full_matrices_say(tmp_path: Path) -> None:
 
 def test_amplification_is_the_paper_s_on_the_base_s_weights(tmp_path: Path) -> None:
     """Of GPT-2, whose weights are stored transposed; by the formula on full matrices, U and V of the update itself."""
-    attached = saved(tmp_path / "a", "gpt2", target_modules=["c_attn"])
-    base = FAMILIES["gpt2"]()
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
     weights = {path: module.weight.detach().double().T for path, module in base.named_modules() if "c_attn" in path}
-    with pytest.MonkeyPatch.context() as patch:  # the name of a model, in place of a tokenizer and a folder
-        patch.setattr(reports, "load_model", lambda name, notify: (base, None))
-        report = reports.info(tmp_path / "a", model="tiny")
+    attached = attach(base, LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.0))
+    randomise(parameter for _, parameter in attached.adapter.named_parameters())
+    attached.save(tmp_path / "a")
+    report = reports.info(tmp_path / "a", model=str(tmp_path / "base"))
     for site in report["sites"]:
         delta = attached.adapter.factors[site["path"]].delta().double()
         U, S, Vt = torch.linalg.svd(delta)

@@ -3,7 +3,10 @@
 Beyond the plain form it keeps no copy of the output, saves x once (nothing else of that size), forms dZ once for both
 dA and dx, and leaves out the gradient of the frozen weight. Against PEFT's forward: three fewer output-sized passes.
 
-Shapes: T tokens, I inputs, O outputs, R rank.
+The rank-sized products are written so that the long side is never the one that is split: g^T z as (z^T g)^T is 9 times
+faster in float32 on a CPU (3.2 against 0.35 ms for T = 520, O = 2048, R = 8), g B as (B^T g^T)^T three times.
+
+Shapes: T tokens, I inputs, O outputs, R rank; z and dz are held as (R, T).
 """
 
 from typing import Any
@@ -37,24 +40,24 @@ class _LoraLinear(Function):
         ctx.base, ctx.host, ctx.scale = base, host, factor.scale
         ctx.inverse_keep_rate = 1 / (1 - factor.dropout)
         y_TO = host.forward(base, x_TI)
-        z_TR = _dropped(x_TI, keep_TI, ctx.inverse_keep_rate) @ A_RI.T
-        ctx.save_for_backward(x_TI, A_RI, B_OR, z_TR, keep_TI)
-        return y_TO.addmm_(z_TR, B_OR.T, alpha=factor.scale)
+        z_RT = A_RI @ _dropped(x_TI, keep_TI, ctx.inverse_keep_rate).T
+        ctx.save_for_backward(x_TI, A_RI, B_OR, z_RT, keep_TI)
+        return y_TO.addmm_(z_RT.T, B_OR.T, alpha=factor.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x_TI, A_RI, B_OR, z_TR, keep_TI = ctx.saved_tensors
-        dz_TR = (g_TO @ B_OR).mul_(ctx.scale)
-        dB_OR = (g_TO.T @ z_TR).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
-        dA_RI = dz_TR.T @ _dropped(x_TI, keep_TI, ctx.inverse_keep_rate) if ctx.needs_input_grad[1] else None
+        x_TI, A_RI, B_OR, z_RT, keep_TI = ctx.saved_tensors
+        dz_RT = (B_OR.T @ g_TO.T).mul_(ctx.scale)
+        dB_OR = (z_RT @ g_TO).mul_(ctx.scale).T if ctx.needs_input_grad[2] else None
+        dA_RI = dz_RT @ _dropped(x_TI, keep_TI, ctx.inverse_keep_rate) if ctx.needs_input_grad[1] else None
         dx_TI = None
         if ctx.needs_input_grad[0]:
             dx_TI = ctx.host.input_grad(ctx.base, g_TO)
             if keep_TI is None:
-                dx_TI.addmm_(dz_TR, A_RI)
+                dx_TI.addmm_(dz_RT.T, A_RI)
             else:
-                dx_TI.add_((dz_TR @ A_RI).mul_(keep_TI), alpha=ctx.inverse_keep_rate)
+                dx_TI.add_((dz_RT.T @ A_RI).mul_(keep_TI), alpha=ctx.inverse_keep_rate)
         return dx_TI, dA_RI, dB_OR, None, None, None, None
 
 

@@ -209,6 +209,11 @@ class LoraConfig(PeftConfig):
         if isinstance(self.init_lora_weights, str):
             values["init_lora_weights"] = self.init_lora_weights.lower()
         values |= {"task_type": plain(self.task_type), "peft_type": "LORA"}
+        if self.target_parameters and not self.target_modules and not _any_parameter(model, self.target_parameters):
+            raise ConfigError(
+                "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+                "arguments."
+            )
         return CheckedConfig.from_peft(values, "LoraConfig")
 
     def _fill(self, model: nn.Module) -> None:
@@ -220,6 +225,11 @@ class LoraConfig(PeftConfig):
         if self.target_modules is None and not self.target_parameters:
             found = default_targets(model)
             self.target_modules = set(found) if isinstance(found, list) else found
+
+
+def _any_parameter(model: nn.Module, names: list[str]) -> bool:
+    paths = [f"{path}.{name}" for path, module in logical_modules(model) for name in module._parameters]
+    return any(matches(name, path) for name in names for path in paths)
 
 
 def default_targets(model: nn.Module) -> list[str] | str:

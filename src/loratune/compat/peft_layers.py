@@ -309,6 +309,10 @@ class ParamWrapper(LoraLayer):
 class MultiheadAttention(ParamWrapper):
     """torch's attention: q, k and v are one parameter, and the output projection's weight is read, never called."""
 
+    @property
+    def out_proj(self) -> nn.Module:
+        return unwrapped(self.base.out_proj)  # type: ignore[arg-type]
+
     def changed(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().changed()
         projection: Any = self.base.out_proj

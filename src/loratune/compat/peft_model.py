@@ -140,8 +140,11 @@ class Layers(Attachments):
             raise AdapterError(f"Adapter with name '{name}' already exists. Give another name, or delete it first.")
         if "." in name or hasattr(nn.ModuleDict, name):
             raise ConfigError(f"adapter name {name!r} cannot be a module's: no dots, no names of torch's own methods.")
-        if self.peft_config and any(each.bias != "none" for each in (config, *self.peft_config.values())):
-            raise AdapterError("LoraModel supports only 1 adapter with bias. Set bias to 'none' for all adapters.")
+        if sum(each.bias != "none" for each in (config, *self.peft_config.values())) > 1:
+            raise AdapterError(
+                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
+                "adapters."
+            )
 
     def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters the active ones; they alone train, unless `inference_mode`. Raises AdapterError."""
