@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +38,30 @@ def test_the_hugging_face_trainer_trains_and_evaluates_it(tmp_path: Path) -> Non
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.05
     assert all(torch.equal(value, base[name]) for name, value in model.unload().state_dict().items())
+
+
+def test_checkpoints_hold_the_adapter_alone_where_trainers_know_peft_and_training_resumes(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4))
+    assert isinstance(model, peft.PeftModel)
+    assert isinstance(model, PeftModel)
+    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, peft.tuners.lora.LoraLayer)
+    rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(8)]
+
+    def trainer(model: PeftModel, epochs: int) -> Trainer:
+        arguments = TrainingArguments(
+            str(tmp_path), num_train_epochs=epochs, learning_rate=1e-2, report_to=[], use_cpu=True,
+            save_strategy="epoch", disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=rows)
+
+    trainer(model, 2).train()
+    files = {file.name for file in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
+    assert not files & {"model.safetensors", "config.json"}
+    again = get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4))
+    trainer(again, 2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    expected, found = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+    assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in expected)
 
 
 def test_what_is_saved_after_training_is_the_adapter_alone(tmp_path: Path) -> None:

@@ -32,9 +32,6 @@ class KnownToPeft:
         theirs = getattr(sys.modules.get(self.peft_module), type(self).__name__, None)
         return theirs if isinstance(theirs, type) else type(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return object.__new__, (type(self),), self.__dict__
-
 
 class BaseTunerLayer:
     """What PEFT's layers know of themselves: which adapters are active, disabled, merged."""

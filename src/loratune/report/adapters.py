@@ -101,7 +101,7 @@ def _amplifications(folder: Path, name: str, notify: Callable[[str], None] | Non
     for site in sites.find(model, attached.config):
         factor = attached.adapter.factors[site.path]
         if site.groups == 1 and factor.B.ndim == 2 and site.tokens is None and site.tied_to is None:
-            value = analysis.amplification(factor, 2 * site.host.rows(site.weight))
+            value = analysis.amplification(factor, site.host.rows(site.weight))
             found[site.key] = value if math.isfinite(value) else None
     return found
 
