@@ -2,8 +2,8 @@
 
     python bench/train.py {ours,peft} [--micro N] [--grouped] [--dropout P] [--preset fast] [--steps N]
 
-Every side: Gemma 3 270M in float32, the same ids and labels, the same A, AdamW, 8 documents per optimizer step. Timed is
-the training loop alone, after one step that is not counted. Peak memory is the process's resident maximum.
+Every side: Gemma 3 270M in float32, the same ids and labels, the same A, AdamW, 8 documents per optimizer step. Timed
+is the training loop alone, after one step that is not counted. Peak memory is the process's resident maximum.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def peft(options) -> dict:
 
     import loratune
 
-    model, tokenizer, work = start(options)
+    model, _, work = start(options)
     attached = loratune.attach(model, loratune.LoraConfig(**settings(options)), seed=0)
     begin_A = {path: factor.A.detach().clone() for path, factor in attached.adapter.factors.items()}
     attached.detach()
@@ -135,13 +135,24 @@ def peft(options) -> dict:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     steps = len(rows) // shared.BATCH
+    sampling = {"train_sampling_strategy": "group_by_length"} if options.grouped else {}
     arguments = TrainingArguments(
-        output_dir="/tmp/loratune-bench", per_device_train_batch_size=options.micro,
-        gradient_accumulation_steps=shared.BATCH // options.micro, max_steps=steps + 1, learning_rate=shared.LEARNING_RATE,
-        lr_scheduler_type="constant", max_grad_norm=1e9, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
-        disable_tqdm=True, remove_unused_columns=False, seed=0,
-        **({"train_sampling_strategy": "group_by_length"} if options.grouped else {}),
-    )  # fmt: skip
+        output_dir="/tmp/loratune-bench",
+        per_device_train_batch_size=options.micro,
+        gradient_accumulation_steps=shared.BATCH // options.micro,
+        max_steps=steps + 1,
+        learning_rate=shared.LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=0,
+        **sampling,
+    )
     baseline = resident()
     InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]).train()
     return result(options, work, clock[-1] - clock[0], losses, baseline)

@@ -14,13 +14,18 @@ def demo(
         str | None,
         typer.Option("--model", metavar="MODEL", help="Another base model: folder, hub id or GGUF file."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", help="The run directory to write.")] = Path("runs/demo"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="The run directory to write; left out, runs/demo or the next free number."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Teach Gemma 3 270M to restore punctuation and capitals in Ukrainian, and show before and after."""
     from loratune.cli.panel import Panel, exit_code
-    from loratune.demo.run import run_demo
+    from loratune.demo.run import next_free, run_demo
 
     with Panel("loratune demo", as_json=as_json) as panel:
-        result = run_demo(model=model, output=output, quick=quick, on_event=panel, say=panel.say)
+        result = run_demo(
+            model=model, output=output or next_free(Path("runs/demo")), quick=quick, on_event=panel, say=panel.say
+        )
     return exit_code(result)

@@ -1,5 +1,6 @@
 """The demo: Gemma 3 270M learns to put marks and capitals back into Ukrainian sentences, and shows before and after."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ QUICK = Size(steps=15, train=120, validation=16, test=8)
 
 def run_demo(*, model: str | None = None, output: Path, quick: bool = False, on_event: OnEvent, say: Say) -> RunResult:
     """Does the whole demo; `output` gets the run, and "<output>-data" the rows. Raises ConfigError if either exists."""
-    size, name, data = (QUICK if quick else FULL), model or MODEL, output.with_name(output.name + "-data")
+    size, name, data = (QUICK if quick else FULL), model or MODEL, _data_folder(output)
     api.check_output(output)
     say(_introduction(name))
     base, tokenizer = load_model(name, notify=lambda message: on_event({"event": "notice", "message": message}))
@@ -69,12 +70,24 @@ def run_demo(*, model: str | None = None, output: Path, quick: bool = False, on_
     return result
 
 
+def next_free(path: Path) -> Path:
+    """Returns the path if neither it nor its data exist yet, else the first of path-2, path-3, ... that is free."""
+    names = (path.name, *(f"{path.name}-{number}" for number in range(2, 10_000)))
+    paths = (path.with_name(name) for name in names)
+    return next(each for each in paths if not each.exists() and not _data_folder(each).exists())
+
+
+def _data_folder(output: Path) -> Path:
+    return output.with_name(output.name + "-data")
+
+
 def _introduction(name: str) -> str:
-    return (
-        "LoRA keeps the pretrained weights W frozen and adds two small matrices beside some of them, so that a layer\n"
-        f"computes W x + s B A x; only A and B are trained. Here {name} learns to put punctuation and capitals back\n"
-        f"into Ukrainian sentences. {ATTRIBUTION}\n"
+    story = (
+        "LoRA keeps the pretrained weights W frozen and adds two small matrices beside some of them, so that a layer "
+        f"computes W x + s B A x; only A and B are trained. Here {name} learns to put punctuation and capitals back "
+        "into Ukrainian sentences."
     )
+    return "\n\n".join(textwrap.fill(part, 100) for part in (story, ATTRIBUTION)) + "\n"
 
 
 def _what_is_trained(attached: Attached) -> str:
@@ -89,7 +102,8 @@ def _what_is_trained(attached: Attached) -> str:
             f"  r = {config.r}: the rank of A and B, how much new the adapter can learn.",
             f"  lora_alpha = {config.lora_alpha:g}: with it s = lora_alpha / r = {config.lora_alpha / config.r:g}.",
             f"  lora_dropout = {config.lora_dropout:g}: against learning the rows by heart.",
-            f'  bias = "{config.bias}": the biases stay as they are. B starts at zero, so step 0 equals the base model.',
+            f'  bias = "{config.bias}": the biases stay as they are.',
+            "  B starts at zero, so that step 0 equals the base model.",
             "",
         ]
     )
