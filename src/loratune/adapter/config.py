@@ -225,6 +225,8 @@ def _check(config: LoraConfig) -> None:
         refuse("bias", 'one of "none", "all", "lora_only"')
     if config.task_type is not None and config.task_type not in TASK_TYPES:
         refuse("task_type", f"one of {', '.join(TASK_TYPES)}")
+    if config.init_lora_weights == "eva":
+        raise ConfigError("EVA begins from data: loratune.attach(model, loratune.eva(model, config, batches)).")
     if not _known_init(config.init_lora_weights):
         refuse("init_lora_weights", "True, False, " + ", ".join(repr(n) for n in INIT_NAMES) + ' or "pissa_niter_N"')
     if not (
