@@ -101,7 +101,7 @@ def test_arguments_of_a_function_are_not_called_flags() -> None:
 
 UNKNOWN_TRAIN_KEYS = (
     "epochs, max_steps, batch_size, micro_batch_tokens, learning_rate, warmup_steps, max_grad_norm, weight_decay, "
-    "adam_beta1, adam_beta2, adam_epsilon, seed, eval_every, save_every, keep, allow_uneven"
+    "lr_ratio, adam_beta1, adam_beta2, adam_epsilon, seed, eval_every, save_every, keep, allow_uneven"
 )
 
 
@@ -251,6 +251,7 @@ train:
   warmup_steps: null  # default
   max_grad_norm: 1.0  # default
   weight_decay: 0.0  # default
+  lr_ratio: 1.0  # default
   adam_beta1: 0.9  # default
   adam_beta2: 0.999  # default
   adam_epsilon: 1.0e-08  # default

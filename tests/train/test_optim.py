@@ -103,3 +103,15 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     bent = {**state, "exp_avg.layers.0.q_proj.A": torch.zeros(3, 6)}
     with pytest.raises(CheckpointError, match=r"layers\.0\.q_proj\.A has another shape"):
         optimizer().load(bent)
+
+
+def test_lora_plus_moves_b_by_its_own_rate() -> None:
+    """Two runs from one start and gradient: A moves the same, B `lr_ratio` times as far (weight decay included)."""
+    plain, plus = optimizer(), optimizer(CONFIG.model_copy(update={"lr_ratio": 4.0}))
+    start = {name: parameter.detach().clone() for name, parameter in plain.parameters.items()}
+    for each in (plain, plus):
+        set_gradients(each.parameters, seed=3)
+        each.step(1e-3)
+    for name, parameter in plain.parameters.items():
+        moved, ratio = parameter.detach() - start[name], 4.0 if name.endswith(".B") else 1.0
+        torch.testing.assert_close(plus.parameters[name].detach() - start[name], ratio * moved, rtol=1e-4, atol=1e-8)

@@ -109,8 +109,8 @@ class TrainConfig(_Section):
 
     `batch_size` is documents per optimizer step; `micro_batch_tokens` changes memory only, never the result beyond
     rounding. `learning_rate` None: 5e-4 up to 4e9 parameters, 3e-4 above. `warmup_steps` None: 5% of the steps, at
-    least 1. `max_steps` ends the run early; `keep` is how many checkpoints stay; `allow_uneven` lets a target that
-    exists in some layers only be trained.
+    least 1. `lr_ratio` multiplies the rate of B (LoRA+). `max_steps` ends the run early; `keep` is how many checkpoints
+    stay; `allow_uneven` lets a target that exists in some layers only be trained.
     """
 
     epochs: Positive = 1.0
@@ -121,6 +121,7 @@ class TrainConfig(_Section):
     warmup_steps: CountOrZero | None = None
     max_grad_norm: Positive = 1.0
     weight_decay: PositiveOrZero = 0.0
+    lr_ratio: Positive = 1.0
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.999
     adam_epsilon: Positive = 1e-8

@@ -15,14 +15,18 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in float32 on an adapter's parameters.
 
-    All parameters share one step count, so the state is two moments a parameter and one number.
+    All parameters share one step count, so the state is two moments a parameter and one number. B's learning rate is
+    `lr_ratio` times that of the rest (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     """
 
     def __init__(self, adapter: Adapter, config: TrainConfig) -> None:
         self.parameters = dict(adapter.named_parameters())
         self.max_grad_norm = config.max_grad_norm
+        ups = [parameter for name, parameter in self.parameters.items() if name.endswith(".B")]
+        rest = [parameter for name, parameter in self.parameters.items() if not name.endswith(".B")]
+        groups = [{"params": rest, "ratio": 1.0}, {"params": ups, "ratio": config.lr_ratio}]
         self._adamw = torch.optim.AdamW(
-            self.parameters.values(),
+            [group for group in groups if group["params"]],
             lr=0.0,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -37,7 +41,7 @@ class Optimizer:
     def step(self, learning_rate: float) -> None:
         """Updates every parameter with its gradient and clears the gradients."""
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         self._adamw.step()
         self.clear()
 
