@@ -5,6 +5,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
+class Experts(nn.Module):
+    """Two stacked matrices, each applied to every input and the results added: (E, O, I)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 9, 12) / 4)
+        self.down = nn.Parameter(torch.randn(2, 12, 9) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,...ei->...o", self.down, torch.einsum("eoi,...i->...eo", self.up, x))
+
+
 class Toy(nn.Module):
     """One layer of each kind."""
 
@@ -16,11 +28,12 @@ class Toy(nn.Module):
         self.conv1d = nn.Conv1d(12, 8, 3, stride=2, padding=1)
         self.conv2d = nn.Conv2d(1, 6, 3, padding=1)
         self.mha = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.experts = Experts()
         self.head = nn.Linear(12, 5)
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.c1d(torch.tanh(self.lin0(self.emb(ids))))
-        h = h + self.mha(h, h, h)[0]
+        h = h + self.mha(h, h, h)[0] + self.experts(h)
         one = self.conv1d(h.transpose(1, 2)).flatten(1).sum(1, keepdim=True)
         two = torch.tanh(self.conv2d(h[:, None])).flatten(1).sum(1, keepdim=True)
         return torch.cat([self.head(h).flatten(1), one, two], 1)
@@ -48,6 +61,7 @@ SETTINGS = {
     "saved": {"target_modules": ["lin0"], "modules_to_save": ["head"]},
     "tokens": {"target_modules": ["lin0"], "trainable_token_indices": {"emb": [1, 5]}},
     "parameter": {"target_modules": [], "target_parameters": ["lin0.weight"]},
+    "experts": {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]},
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_toys import ids, toy
+from compat_toys import SETTINGS, config_of, ids, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from loratune.adapter.attach import Attachments
 from loratune.compat.peft import (
     LoraConfig,
     PeftModel,
+    PeftWarning,
     get_peft_model,
     get_peft_model_state_dict,
     hotswap_adapter,
     set_peft_model_state_dict,
 )
-from loratune.compat.peft_model import PeftWarning
 from loratune.errors import AdapterError, ConfigError, ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,6 +88,38 @@ def test_a_merged_model_can_be_disabled_and_is_the_base_then() -> None:
     with model.disable_adapter():
         assert torch.equal(model(ids()), toy()(ids()))
     assert torch.allclose(model(ids()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_disabled_model_is_the_base_and_the_same_again_afterwards(name: str) -> None:
+    model = get_peft_model(toy(), config_of(LoraConfig, name)).eval()
+    with torch.no_grad():
+        for _, parameter in model.layers_.adapters["default"].named_parameters():
+            parameter.add_(0.1)
+        expected = model(ids())
+        with model.disable_adapter():
+            assert torch.equal(model(ids()), toy()(ids()))
+        assert torch.equal(model(ids()), expected)
+        assert not torch.allclose(expected, toy()(ids()), atol=1e-3)
+
+
+def test_a_layer_can_be_switched_alone() -> None:
+    model = two()
+    layer = model.base_model.model.lin0
+    layer.set_adapter("other")
+    assert layer.active_adapters == ["other"]
+    assert layer.lora_A["other"].weight.requires_grad
+    assert not layer.lora_A["default"].weight.requires_grad
+    assert model.base_model.model.c1d.active_adapters == ["default"]
+
+
+def test_a_truncated_sum_has_the_rank_asked_for() -> None:
+    model = two()
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", svd_rank=3)
+    layer = model.base_model.model.lin0
+    U, S, Vh = torch.linalg.svd(layer.get_delta_weight("default") + layer.get_delta_weight("other"))
+    assert layer.r["sum"] == 3
+    assert torch.allclose(layer.get_delta_weight("sum"), U[:, :3] * S[:3] @ Vh[:3], atol=1e-5)
 
 
 def test_two_active_adapters_add_up_and_a_weighted_sum_says_the_same() -> None:

@@ -136,6 +136,9 @@ def test_decomposing_beginnings_leave_the_base_alone_and_are_stored_as_plain_lor
     assert worst(read(ids()), mine(ids())) < 1e-5
     again = ours.PeftModel.from_pretrained(toy(), tmp_path)
     assert worst(again(ids()), mine(ids())) < 1e-5
+    third = ours.get_peft_model(toy(), ours.LoraConfig(target_modules=["lin0"], r=4, init_lora_weights="olora")).eval()
+    ours.set_peft_model_state_dict(third, ours.get_peft_model_state_dict(mine))
+    assert worst(third(ids()), mine(ids())) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_decomposing_beginnings_leave_the_base_alone_and_are_stored_as_plain_lor
         {"kasa_config": {"beta": 1}},
         {"velora_config": {}},
         {"alora_invocation_tokens": [1]},
-        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "corda"},
     ],
 )
 def test_methods_that_are_not_implemented_are_refused_and_leave_the_model_alone(settings: dict[str, Any]) -> None:

@@ -126,6 +126,14 @@ class Attachments:
         for slot in self.slots.values():
             slot.placed.pop(name, None)
 
+    def rename(self, old: str, new: str) -> None:
+        self.adapters = {new if name == old else name: adapter for name, adapter in self.adapters.items()}
+        self.active = tuple(new if name == old else name for name in self.active)
+        self.lists.clear()
+        for slot in self.slots.values():
+            if old in slot.placed:
+                slot.placed[new] = slot.placed.pop(old)
+
     def unwrap(self, model: nn.Module) -> None:
         """Takes every wrapper off: the plain model, trainable where it was."""
         self._restore_originals(model)
@@ -172,11 +180,13 @@ class Attached:
     def disabled(self) -> Generator[None]:
         """Within the block the model is the base model: no factor, no trained bias, no trained module."""
         everything = self._all
-        names = everything.active
+        names, rows = everything.active, everything.shared.rows
         everything.activate(self.model, ())
+        everything.shared.rows = None
         try:
             yield
         finally:
+            everything.shared.rows = rows
             everything.activate(self.model, names)
 
     @contextmanager
@@ -220,6 +230,34 @@ class Attached:
         """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them; whole or not at all."""
         peft_format.write(self.adapter, self.model, Path(path), replace=False)
 
+    def rename(self, name: str) -> None:
+        """Gives this adapter another name on its model; raises ConfigError or AdapterError for one that cannot be."""
+        everything = self._all
+        check_name(everything, name)
+        everything.rename(self.name, name)
+        self.name = name
+
+    @torch.no_grad()
+    def swap(self, adapter: Adapter) -> None:
+        """Copies another adapter's values into this one's tensors: nothing is wrapped, moved or compiled again.
+
+        Raises AdapterError, with nothing changed, unless sites, shapes and base are the same.
+        """
+        found = sites.find(self.model, self.config)
+        fitted = making.fitted_to(adapter, found)
+        sites.match(type(self.model).__name__, found, fitted, self._all.base)
+        own, values = dict(self.adapter.named_parameters()), fitted.flat()
+        odd = sorted(set(own) ^ set(values)) or sorted(name for name in own if own[name].shape != values[name].shape)
+        if odd:
+            raise AdapterError(
+                f"swap: {len(odd)} tensors differ in name or shape; first: {odd[0]}. Nothing was changed."
+            )
+        for name, parameter in own.items():
+            parameter.copy_(values[name])
+        for path, factor in self.adapter.factors.items():
+            factor.scale, factor.dropout = fitted.factors[path].scale, fitted.factors[path].dropout
+        self._all.adapters[self.name].config = fitted.config
+
     def detach(self) -> None:
         """Takes this adapter off the model; with the last one the model is the plain model again, bit for bit."""
         everything = self._all
@@ -255,11 +293,8 @@ def attach(
     `seed` fixes how A begins, each site by its own path; None draws a seed from torch's generator. Raises ConfigError
     or AdapterError, with the model untouched: a name in use, targets that match nothing, an adapter that does not fit.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-'.")
     existing = Attachments.of(model)
-    if existing is not None and name in existing.adapters:
-        raise AdapterError(f"an adapter named {name!r} is attached already. Give another name, or detach it first.")
+    check_name(existing, name)
     with _plain(model, existing):
         base = existing.base if existing else fingerprint(model)
         if isinstance(what, LoraConfig):
@@ -279,6 +314,14 @@ def attach(
     attached = Attached(model, name)
     attached.activate()
     return attached
+
+
+def check_name(everything: Attachments | None, name: str) -> None:
+    """Raises ConfigError for a name that cannot be used, AdapterError for one that is attached already."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-'.")
+    if everything is not None and name in everything.adapters:
+        raise AdapterError(f"an adapter named {name!r} is attached already. Give another name, or detach it first.")
 
 
 def load_adapter(

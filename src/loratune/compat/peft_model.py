@@ -1,306 +1,98 @@
-"""PeftModel, LoraModel and what they rest on: loratune's attachments with PEFT's way of switching and merging."""
+"""PeftModel: what a user of PEFT holds. Its layers and tensors are those of `base_model.model`, wrapped in place."""
 
-import copy
-import functools
+import inspect
+import os
+import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from loratune.adapter import arithmetic
-from loratune.adapter.adapter import Adapter
-from loratune.adapter.attach import Attachments, attach
-from loratune.adapter.factor import LowRank, Transposed
-from loratune.adapter.merge import settle_ties
-from loratune.adapter.sites import TOKENS, Site, logical_modules
-from loratune.adapter.summary import tied
-from loratune.adapter.wrapper import parent_of, unwrapped
-from loratune.compat.peft_config import LoraConfig
-from loratune.compat.peft_layers import (
-    AuxiliaryTrainingWrapper,
-    LoraLayer,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    layer_class,
-    leaf,
+from loratune.compat.peft_attach import Layers
+from loratune.compat.peft_config import (
+    LoraConfig,
+    PeftConfig,
 )
+from loratune.compat.peft_layers import KnownToPeft
+from loratune.compat.peft_report import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count,
+    get_layer_status,
+    get_model_status,
+    write_card,
+)
+from loratune.compat.peft_state import (
+    LoadResult,
+    load_peft_weights,
+    set_peft_model_state_dict,
+    write_adapter,
+)
+from loratune.compat.peft_tuner import LoraModel
 from loratune.errors import AdapterError, ConfigError
 
-
-class PeftWarning(UserWarning):
-    """What PEFT warns of."""
+HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-class Layers(Attachments):
-    """Everything attached to one model, laid out in PEFT's layers and switched in PEFT's way."""
+class _Forward:
+    """`forward` with the signature of the base model's, which is how trainers learn what a model takes."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: "PeftModel") -> None:
         self.model = model
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.views: dict[str, dict[str, LowRank]] = {}  # adapter -> site -> its factor as the layers hold it
-        self.saved: dict[str, ModulesToSaveWrapper] = {}
-        self.frozen = False  # whether the active adapters are used, not trained
+        self.__signature__ = inspect.signature(model.get_base_model().forward)
 
-    @classmethod
-    def on(cls, model: nn.Module) -> "Layers":
-        """Returns the attachments of a model, made if there are none; raises AdapterError for other ones."""
-        found = Attachments.of(model)
-        if found is None:
-            found = model.__dict__["_loratune"] = cls(model)
-        if not isinstance(found, Layers):
-            raise AdapterError(f"this {type(model).__name__} has adapters of loratune.attach; detach them first.")
-        return found
-
-    def place(self, model: nn.Module, site: Site, name: str, factor: LowRank) -> None:
-        site = leaf(site)
-        layer = self._layer(site)
-        if isinstance(factor, Transposed):
-            factor = Transposed(self.views[name][site.tied_to or ""])
-        view = self.views.setdefault(name, {})[site.path] = layer.hold(site, name, factor)
-        layer.placed.setdefault(name, []).append(view)
-        self.slots[site.path] = layer
-
-    def _layer(self, site: Site) -> LoraLayer:
-        """Returns the layer around a site's parameter; a new one goes next to the base's module, inside the others."""
-        if site.path in self.slots:
-            return self.slots[site.path]  # type: ignore[return-value]
-        parent, name = parent_of(self.model, site.owner)
-        while isinstance(inner := parent._modules[name], LoraLayer | ModulesToSaveWrapper):
-            if site.parameter is None and isinstance(inner, LoraLayer):
-                return inner
-            parent, name = inner, "base_layer" if isinstance(inner, LoraLayer) else "original_module"
-        if site.tokens is not None or site.path.endswith(".token_adapter"):
-            tied: Any = self.slots[site.tied_to].token_adapter if site.tied_to else None
-            layer: LoraLayer = TrainableTokensWrapper(site, self.shared, tied)
-        else:
-            layer = layer_class(site)(site, self.shared)
-        parent._modules[name] = layer
-        self.wrappers[site.owner] = layer
-        return layer
-
-    def activate(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        self._restore_originals(model)
-        for name in names:
-            adapter = self.adapters[name]
-            adapter.factors.update(self.views.get(name, {}))
-            for path, module in adapter.saved.items():
-                self._keep(path, name, module)
-            for path, bias in adapter.biases.items():
-                owner = unwrapped(model.get_submodule(path.rpartition(".")[0]))
-                self.originals.setdefault(path, owner._parameters["bias"])
-                owner._parameters["bias"] = bias
-        self.active = names
-        for layer in self.all():
-            layer.set_adapter(list(names))
-
-    def _keep(self, path: str, name: str, module: nn.Module) -> None:
-        if path not in self.saved:
-            parent, last = parent_of(self.model, path)
-            original = parent._modules[last]
-            assert original is not None
-            self.saved[path] = parent._modules[last] = ModulesToSaveWrapper(original, self.shared)  # type: ignore[assignment]
-        self.saved[path].modules_to_save[name] = module
-
-    def all(self) -> list[Any]:
-        """Returns every layer and wrapper of a trained module."""
-        tokens = [layer.token_adapter for layer in self.slots.values() if isinstance(layer, TrainableTokensWrapper)]
-        return list({id(layer): layer for layer in (*self.slots.values(), *tokens, *self.saved.values())}.values())
-
-    # ---- adding and taking away ---------------------------------------------------------------------------------
-
-    def add(self, name: str, config: LoraConfig, *, autocast: bool = True, on_meta: bool = False) -> None:
-        """Attaches a new adapter, active if it is the first. Raises ConfigError or AdapterError, nothing attached."""
-        try:
-            self._check_new(name, config)
-            self._add(name, config, config.checked(self.model))
-        except Exception:
-            if not self.adapters:
-                self.unwrap(self.model)
-            raise
-        for layer in self.slots.values():
-            if not autocast and name in layer.placed:
-                _convert(layer, name, lambda tensor, like=layer.where.weight: tensor.to(like.dtype))  # type: ignore[attr-defined]
-            if on_meta:
-                _convert(layer, name, lambda tensor: tensor.to("meta"))
-            _warn_of_bias(layer, name)
-        _warn_of_ties(self.model, self.adapters[name])
-
-    def _add(self, name: str, config: LoraConfig, what: Any) -> None:
-        before = self.active
-        attach(self.model, what, name, allow_base=True)
-        self.peft_config[name] = config
-        self.set_adapter(before or (name,), self.frozen if before else config.inference_mode)
-
-    def _check_new(self, name: str, config: LoraConfig) -> None:
-        if name in self.adapters:
-            raise AdapterError(f"Adapter with name '{name}' already exists. Give another name, or delete it first.")
-        if "." in name or hasattr(nn.ModuleDict, name):
-            raise ConfigError(f"adapter name {name!r} cannot be a module's: no dots, no names of torch's own methods.")
-        if sum(each.bias != "none" for each in (config, *self.peft_config.values())) > 1:
-            raise AdapterError(
-                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
-                "adapters."
-            )
-
-    def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
-        """Makes these adapters the active ones; they alone train, unless `inference_mode`. Raises AdapterError."""
-        for name in names:
-            if name not in self.adapters:
-                raise AdapterError(f"Adapter {name} not found. There are {', '.join(self.adapters)}.")
-        for wrapper in self.all():
-            if isinstance(wrapper, AuxiliaryTrainingWrapper):
-                wrapper.check_set_adapter(names)
-        disabled = [layer for layer in self.all() if layer.disable_adapters]
-        self.activate(self.model, tuple(names))
-        self.frozen = inference_mode
-        self.set_requires_grad([name for name in self.adapters if name not in names or inference_mode], False)
-        for layer in disabled:
-            layer.enable_adapters(False)
-
-    def set_requires_grad(self, names: str | Sequence[str], on: bool) -> None:
-        for name in [names] if isinstance(names, str) else names:
-            for _, parameter in self.adapters[name].named_parameters():
-                parameter.requires_grad_(on)
-
-    def enable(self, enabled: bool) -> None:
-        """Switches all adapters on or off, trained biases and modules included."""
-        for layer in self.all():
-            layer.enable_adapters(enabled)
-        if enabled:
-            self.set_adapter(self.active, self.frozen)
-        else:
-            self._restore_originals(self.model)
-
-    def delete(self, name: str) -> None:
-        """Forgets an adapter; where it was active, the first of the others becomes active. Raises AdapterError."""
-        if name not in self.adapters:
-            raise AdapterError(f"Adapter {name} does not exist. There are {', '.join(self.adapters)}.")
-        if any(name in layer.merged_adapters for layer in self.all()):
-            raise AdapterError(f"Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge them first.")
-        left = [each for each in self.active if each != name] or [each for each in self.adapters if each != name][:1]
-        self.activate(self.model, tuple(each for each in self.active if each != name))
-        for layer in self.all():
-            layer.delete_adapter(name)
-        del self.adapters[name], self.peft_config[name]
-        self.views.pop(name, None)
-        self.set_adapter(left)
-
-    def materialize(self, name: str) -> None:
-        """Gives tensors on the meta device memory beside the base layer's, filled with zeros."""
-        for layer in self.slots.values():
-            device: torch.device = layer.where.weight.device  # type: ignore[attr-defined, assignment]
-            _convert(layer, name, lambda t, to=device: torch.zeros_like(t, device=to) if t.is_meta else t)
-
-    # ---- merging --------------------------------------------------------------------------------------------------
-
-    def merge(self, names: list[str] | None, safe: bool) -> int:
-        """Merges these adapters, or each layer's active ones; returns how many were merged that were not before."""
-        before = self._num_merged()
-        for layer in self.slots.values():
-            layer.merge(safe, names)  # type: ignore[operator]
-        return self._num_merged() - before
-
-    def _num_merged(self) -> int:
-        return sum(len(layer.merged_adapters) for layer in self.all())
-
-    def unload(self, merge: bool, safe: bool = False, names: list[str] | None = None) -> nn.Module:
-        """Takes every layer off, with the adapters' updates in the weights or without; returns the base model."""
-        if merge:
-            self.merge(names, safe)
-        else:
-            for layer in self.all():
-                layer.unmerge()
-                layer.enable_adapters(False)
-        if merge and not any(layer.disable_adapters for layer in self.all()):
-            self.originals.clear()  # trained biases stay
-        kept = {path: wrapper.chosen(names) for path, wrapper in self.saved.items()} if merge else {}
-        self.unwrap(self.model)
-        for path, module in kept.items():
-            parent, last = parent_of(self.model, path)
-            parent._modules[last] = module
-        settle_ties(self.model)
-        return self.model
-
-    def unwrap(self, model: nn.Module) -> None:
-        self._restore_originals(model)
-        for path in [*self.wrappers, *self.saved]:
-            parent, last = parent_of(model, path)
-            parent._modules[last] = unwrapped(parent._modules[last])  # type: ignore[arg-type]
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name in self.required_grad)
-        for attribute in ("_loratune", "peft_config"):
-            model.__dict__.pop(attribute, None)
+    def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        with self.model.rows(adapter_names, args, kwargs):
+            return self.model.base_model(*args, **kwargs)
 
 
-def _convert(layer: Any, name: str, change: Any) -> None:
-    for container in layer.adapter_layer_names:
-        held: Any = functools.reduce(getattr, container.split("."), layer)
-        if name in held:
-            for module in [held] if isinstance(held, nn.ParameterDict) else [held[name]]:
-                for key, parameter in list(module._parameters.items()):
-                    if parameter is not None and (module is not held or key == name):
-                        module._parameters[key] = nn.Parameter(change(parameter.detach()), parameter.requires_grad)
+def _unbound(model: "PeftModel", *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+    """What `PeftModel.forward` is; it names `labels` because trainers look there for a model's labels."""
+    return _Forward(model)(*args, **kwargs, **({} if labels is None else {"labels": labels}))
 
 
-def _warn_of_bias(layer: Any, name: str) -> None:
-    base = unwrapped(layer)
-    if any(factor.bias is not None for factor in layer.placed.get(name, ())) and getattr(base, "bias", None) is None:
-        warnings.warn(
-            f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias. "
-            "This means that merging LoRA weights won't be possible.",
-            PeftWarning,
-            stacklevel=4,
-        )
+class _ForwardOf:
+    """Binds `_Forward`; not a data descriptor, since trainers set `forward` on the instance."""
+
+    def __get__(self, model: "PeftModel | None", kind: type) -> Any:
+        return _unbound if model is None else _Forward(model)
 
 
-def _warn_of_ties(model: nn.Module, adapter: Adapter) -> None:
-    """Says where an adapter changes one of several modules that share a weight, or could not tie what was wished."""
-    shared = tied(model, [path for path, module in logical_modules(model) if "weight" in module._parameters])
-    adapted = {path.removesuffix(f".{TOKENS}") for path in (*adapter.factors, *adapter.saved)}
-    here = sorted(adapted & shared.keys())
-    wanted = adapter.config.ensure_weight_tying
-    if wanted and not here:
-        what = "are added to the adapter" if shared else "were found in the model"
-        warnings.warn(f"`ensure_weight_tying` is set, but no tied modules {what}.", PeftWarning, stacklevel=5)
-    if here and not wanted and not adapter.config.trainable_token_indices:
-        warnings.warn(
-            f"{here[0]} shares its weight with {', '.join(shared[here[0]])}, but `ensure_weight_tying` is not set to "
-            "True: the adapter changes the adapted ones alone, and merging unties them.",
-            PeftWarning,
-            stacklevel=5,
-        )
-
-
-class LoraModel(nn.Module):
-    """The base model with its LoRA layers; what PeftModel calls `base_model`."""
-
-    prefix = "lora_"
+class PeftModel(KnownToPeft, nn.Module):
+    """A model with LoRA adapters, by PEFT's names: `base_model.model` is the base, its layers wrapped in place."""
 
     def __init__(
-        self, model: nn.Module, config: Any, adapter_name: str = "default", low_cpu_mem_usage: bool = False,
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig,
+        adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
-    ) -> None:  # fmt: skip
+        low_cpu_mem_usage: bool = False,
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.model = model
-        configs = config if isinstance(config, dict) else {adapter_name: config}
-        for name, each in configs.items():
-            self.layers_.add(name, each, autocast=autocast_adapter_dtype, on_meta=low_cpu_mem_usage)
+        self.base_model = LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        self.peft_type = peft_config.peft_type
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    forward: Any = _ForwardOf()  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "base_model":
                 raise
-            return getattr(self.model, name)
+            return getattr(self.base_model, name)
 
     @property
     def layers_(self) -> Layers:
-        return Layers.on(self.model)
+        return self.base_model.layers_
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
@@ -308,24 +100,111 @@ class LoraModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.layers_.active)
+        return self.base_model.active_adapters
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
+    def active_adapter(self) -> Any:
+        return self.base_model.active_adapter
 
     @property
-    def targeted_module_names(self) -> list[str]:
-        return list(self.layers_.wrappers)
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config[self.active_adapters[0]]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several whose updates add up, active."""
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.layers_.set_adapter(names, inference_mode)
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.active_adapters) and not all(layer.disable_adapters for layer in self.layers_.all())
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Makes a frozen embedding's output require gradients, without which a checkpointed block has none to pass."""
+        model.enable_input_require_grads()
+        return model
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Generator[None]:
+        """Within the block row i of the batch goes through the adapter names[i]; "__base__" is the base model."""
+        layers = self.layers_
+        if names is None or all(layer.disable_adapters for layer in layers.all()):
+            yield
+            return
+        self._check_rows(names, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        device = next(self.parameters()).device
+        layers.shared.num_rows = len(names)
+        layers.shared.rows = {
+            name: torch.tensor([i for i, each in enumerate(names) if each == name], device=device)
+            for name in dict.fromkeys(names)
+            if name != "__base__"
+        }
+        try:
+            yield
+        finally:
+            layers.shared.rows, layers.shared.num_rows = None, 0
+
+    def _check_rows(self, names: Sequence[str], inputs: Sequence[Tensor]) -> None:
+        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if self.training:
+            raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
+        if any(layer.merged for layer in self.layers_.all()):
+            raise AdapterError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if inputs and len(inputs[0]) != len(names):
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(inputs[0])} respectively."
+            )
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Generates with the active adapters, or with the row's own; each beam of a row takes the row's."""
+        if adapter_names is None:
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        beams = kwargs.get("num_beams") or 1
+        with self.rows([name for name in adapter_names for _ in range(beams)], (), {}):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def disable_adapter(self) -> Generator[None]:
+        """Within the block the model is the base model."""
+        disabled = {layer.disable_adapters for layer in self.layers_.all()}
+        if len(disabled) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. All of them "
+                "will be enabled after the block.",
+                stacklevel=3,
+            )
+        self.layers_.enable(False)
+        try:
+            yield
+        finally:
+            if disabled != {True}:
+                self.layers_.enable(True)
+
+    # ---- adapters ---------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds a new adapter, which is not active. Raises ConfigError or AdapterError with the model untouched."""
+        name_base(peft_config, self.get_base_model())
+        self.layers_.add(adapter_name, peft_config, autocast=autocast_adapter_dtype, on_meta=low_cpu_mem_usage)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Makes one adapter the active one; it alone trains."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self.layers_.set_requires_grad(adapter_names, requires_grad)
@@ -333,71 +212,157 @@ class LoraModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         self.layers_.delete(adapter_name)
 
-    def disable_adapter_layers(self) -> None:
-        self.layers_.enable(False)
-
-    def enable_adapter_layers(self) -> None:
-        self.layers_.enable(True)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Puts W + s B A in W's place at every layer, until `unmerge_adapter` puts W back."""
-        if self.layers_.merge(adapter_names, safe_merge) == 0:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-
-    def unmerge_adapter(self) -> None:
-        for layer in self.layers_.all():
-            layer.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Returns the base model with the adapters in its weights, no layer of PEFT's left."""
-        return self.layers_.unload(True, safe_merge, adapter_names)
-
-    def unload(self) -> nn.Module:
-        """Returns the base model as it was."""
-        return self.layers_.unload(False)
-
-    def add_weighted_adapter(
+    def load_adapter(
         self,
-        adapters: list[str],
-        weights: list[float],
+        model_id: str | os.PathLike[str],
         adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Reads an adapter and adds it, or into the one of that name; returns the keys that did not match."""
+        hub = {name: value for name, value in kwargs.items() if name in HUB}
+        tensors = load_peft_weights(model_id, **hub)
+        if adapter_name not in self.peft_config:
+            config = peft_config or PeftConfig.from_pretrained(model_id, **hub)
+            config.inference_mode = not is_trainable
+            self.layers_.add(adapter_name, config, autocast=autocast_adapter_dtype)
+        result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes)
+        if not is_trainable:
+            self.eval()
+        return result
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> "PeftModel":
+        """Reads an adapter in a folder or on the hub onto a model; trainable only if told. Warns of missing keys."""
+        hub = {name: value for name, value in kwargs.items() if name in HUB}
+        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        assert config is not None
+        config.inference_mode = not is_trainable
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
+        found = kind(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        try:
+            result = found.load_adapter(
+                model_id, adapter_name, is_trainable, None, autocast_adapter_dtype,
+                kwargs.get("ignore_mismatched_sizes", False), **hub,
+            )  # fmt: skip
+        except Exception:
+            found.unload()  # the model as it was
+            raise
+        if result.missing_keys:
+            warnings.warn(
+                f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}.", stacklevel=2
+            )
+        return found
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         **_: Any,
     ) -> None:
-        """Adds an adapter made of others: see `loratune.adapter.arithmetic.combine`, whose scale is always 1."""
-        layers = self.layers_
-        if adapter_name in layers.adapters:
-            raise AdapterError(f"Adapter with name '{adapter_name}' already exists. Give another name.")
-        for name in adapters:
-            if name not in layers.adapters:
-                raise AdapterError(f"Adapter {name} does not exist. There are {', '.join(layers.adapters)}.")
-        sources = [layers.adapters[name] for name in adapters]
-        saved = [path for source in sources for path in source.saved]
-        twice = {path for path in saved if saved.count(path) > 1}
-        if twice:
-            raise AdapterError(
-                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                f"{len(twice)} such instance(s)."
-            )
-        method = "cat" if len(adapters) == 1 else combination_type
-        combined = arithmetic.combine(
-            [replace(source, saved={}) for source in sources], weights, method, density=density,
-            rank=svd_rank if arithmetic.METHODS[method].truncates else None, majority_sign_method=majority_sign_method,
-        )  # fmt: skip
-        combined.saved = {path: copy.deepcopy(module) for source in sources for path, module in source.saved.items()}
-        combined.config = combined.config.with_(modules_to_save=tuple(saved) or None)
-        layers._add(adapter_name, _mutable(layers.peft_config[adapters[0]], combined.config), combined)
+        """Writes the adapters, not the base: "default" into the directory, others into one of their own inside it.
+
+        `path_initial_model_for_weight_conversion` is not needed: what PiSSA and OLoRA learn is always stored as plain
+        LoRA for the original base.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ConfigError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise AdapterError(f"no adapter {unknown[0]!r} to save; there are {', '.join(self.peft_config)}.")
+        if is_main_process:
+            write_card(self, folder)
+            for name in names:
+                where = folder if name == "default" else folder / name
+                write_adapter(self, name, where, safe_serialization, save_embedding_layers)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Saves the adapters and uploads them to a repository on the hub."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=kwargs.get("token"))
+        api.create_repo(repo_id, exist_ok=True, private=kwargs.get("private"))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    # ---- what there is ----------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns (trainable parameters, all parameters, the adapters' included)."""
+        return count(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters train, of how many."""
+        trained, total = count(self)
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
 
 
-def _mutable(like: LoraConfig, checked: Any) -> LoraConfig:
-    return replace(
-        like, r=checked.r, lora_alpha=checked.lora_alpha, rank_pattern=dict(checked.rank_pattern),
-        alpha_pattern=dict(checked.alpha_pattern), target_modules=list(checked.target_modules), use_rslora=False,
-        modules_to_save=list(checked.modules_to_save or ()) or None, layers_to_transform=None, layers_pattern=None,
-        exclude_modules=None, init_lora_weights=True,
-    )  # fmt: skip
+class PeftModelForSequenceClassification(PeftModel):
+    """PeftModel whose head (`classifier`, `score`) is trained and saved in full."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """PeftModel whose head (`classifier`, `score`) is trained and saved in full."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """PeftModel whose head (`qa_outputs`) is trained and saved in full."""
+
+
+class PeftModelForCausalLM(PeftModel):
+    """PeftModel of a causal language model."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """PeftModel of an encoder and decoder."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """PeftModel of an encoder."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def name_base(config: LoraConfig, model: nn.Module) -> None:
+    before, now = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    config.base_model_name_or_path = now
+    if before is not None and before != now:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{now}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=3,
+        )

@@ -10,7 +10,8 @@ from torch import nn
 
 from loratune import files
 from loratune.compat.peft_config import plain
-from loratune.compat.peft_layers import BaseTunerLayer, TrainableTokensWrapper
+from loratune.compat.peft_layers import BaseTunerLayer
+from loratune.compat.peft_wrappers import TrainableTokensWrapper
 from loratune.errors import AdapterError
 
 

@@ -20,8 +20,8 @@ from loratune.adapter.factor import LowRank
 from loratune.adapter.inits import is_subtracted
 from loratune.adapter.peft_format import decode, encode, plain_lora
 from loratune.adapter.wrapper import unwrapped
+from loratune.compat.peft_attach import Layers
 from loratune.compat.peft_config import CONFIG_NAME, LoraConfig, locate, plain
-from loratune.compat.peft_model import Layers
 from loratune.errors import AdapterError
 
 WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_model.bin", "adapter_model.safetensors"

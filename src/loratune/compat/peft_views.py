@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from loratune.adapter.factor import LowRank, TokenRows
 
 if TYPE_CHECKING:
-    from loratune.compat.peft_layers import LoraLayer, TrainableTokensWrapper
+    from loratune.compat.peft_layers import LoraLayer
+    from loratune.compat.peft_wrappers import TrainableTokensWrapper
 
 
 class Tensors(nn.Module):
