@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loratune.adapter.attach import Attachments
+from loratune.adapter.attach import Attachments, attached_to
 from loratune.compat.peft import (
     LoraConfig,
     PeftModel,
@@ -300,3 +300,14 @@ def test_sharing_a_weight_is_said() -> None:
 
     with pytest.warns(PeftWarning, match="emb shares its weight with head"):
         get_peft_model(Tied(), LoraConfig(target_modules=["emb"]))
+
+
+def test_loratune_s_own_handle_works_on_the_same_values(tmp_path: Path) -> None:
+    model = model_of()
+    handle = attached_to(model.get_base_model())
+    assert "r=4" in handle.summary()
+    handle.save(tmp_path / "saved")
+    assert torch.allclose(PeftModel.from_pretrained(toy(), tmp_path / "saved")(ids()), model(ids()), atol=1e-5)
+    handle.detach()
+    assert isinstance(model.base_model.model.lin0, nn.Linear)
+    assert torch.equal(model.base_model(ids()), toy()(ids()))
