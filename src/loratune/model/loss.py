@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BLOCK_ROWS = 256  # 16-row blocks run at half the speed; beyond 256 there is nothing more to gain
+BLOCK_ROWS = 320  # 16-row blocks run at half the speed; beyond 320 there is nothing more to gain
+EVEN_ROWS = 16  # a block of 153 rows runs at 97 GFLOP/s, of 160 at 159: rows are filled up to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class _LabelLoss(Function):
         grads = [torch.zeros_like(x) if x is not None and need else None for x, need in zip(inputs, needs)]
         losses_n = torch.empty(len(h_nH), dtype=_wide(h_nH.dtype), device=h_nH.device)
         # Blocks of even size: ceil(n / k) rows each, so that the last one is not thin.
-        size = max(1, math.ceil(len(h_nH) / max(1, math.ceil(len(h_nH) / BLOCK_ROWS))))
+        size = _filled_up(math.ceil(len(h_nH) / max(1, math.ceil(len(h_nH) / BLOCK_ROWS))))
         buffer = _buffer(memory, W_VH, size)
         for start in range(0, len(h_nH), size):
             rows = slice(start, min(start + size, len(h_nH)))
@@ -56,6 +58,10 @@ class _LabelLoss(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         return (*(None if grad is None else grad * g.to(grad.dtype) for grad in ctx.saved_tensors), *(None,) * 4)
+
+
+def _filled_up(rows: int) -> int:
+    return max(1, math.ceil(rows / EVEN_ROWS)) * EVEN_ROWS
 
 
 def _buffer(memory: Tensor | None, W_VH: Tensor, size: int) -> Tensor:
@@ -81,13 +87,19 @@ def _block(
     shape: HeadShape,
     buffer: Tensor,
 ) -> Tensor:
-    """Returns the losses of one block of rows and adds its share to the gradients."""
+    """Returns the losses of one block of rows and adds its share to the gradients.
+
+    The block is filled up with rows of zeros, whose share in every gradient is zero.
+    """
     h_nH, W_VH, bias_V, z_nR, B_VR = inputs
-    h = h_nH[rows] * shape.logit_scale if shape.logit_scale != 1.0 else h_nH[rows]
+    real = len(labels)
+    fill = (0, 0, 0, _filled_up(real) - real)
+    labels = F.pad(labels, fill[2:])
+    h = F.pad(h_nH[rows] * shape.logit_scale if shape.logit_scale != 1.0 else h_nH[rows], fill)
     l_Vn = torch.mm(W_VH, h.to(W_VH.dtype).T, out=buffer) if len(h) == buffer.shape[1] else W_VH @ h.to(W_VH.dtype).T
     z = None
     if z_nR is not None and B_VR is not None:
-        z = z_nR[rows] * (shape.lora_scale * shape.logit_scale)
+        z = F.pad(z_nR[rows] * (shape.lora_scale * shape.logit_scale), fill)
         l_Vn.addmm_(B_VR.to(l_Vn.dtype), z.to(l_Vn.dtype).T)
     if bias_V is not None:
         l_Vn.add_(bias_V[:, None], alpha=shape.logit_scale)
@@ -103,7 +115,7 @@ def _block(
     losses = sum_n.log() + top_n - label_n
     if any(grad is not None for grad in grads):
         _accumulate(inputs, grads, labels, rows, shape, h, z, e_Vn, sum_n, slope_Vn)
-    return losses
+    return losses[:real]
 
 
 def _accumulate(
@@ -128,14 +140,15 @@ def _accumulate(
     if slope_Vn is not None:
         at_label = slope_Vn.gather(0, labels[None])[0]
         e_Vn.mul_(slope_Vn)
-    inverse = 1 / sum_n
+    inverse, real = 1 / sum_n, rows.stop - rows.start
+    inverse[real:] = at_label[real:] = 0  # the rows that only fill the block up
     e_Vn = e_Vn.to(W_VH.dtype)
     if dh_nH is not None:
         g = (e_Vn.T @ W_VH).to(_wide(W_VH.dtype)).mul_(inverse[:, None]).sub_(W_VH[labels] * at_label[:, None])
-        dh_nH[rows] = (g * shape.logit_scale).to(dh_nH.dtype)
+        dh_nH[rows] = (g[:real] * shape.logit_scale).to(dh_nH.dtype)
     if dz_nR is not None and B_VR is not None:
         g = (e_Vn.T @ B_VR.to(e_Vn.dtype)).mul_(inverse[:, None]).sub_(B_VR[labels] * at_label[:, None])
-        dz_nR[rows] = (g * (shape.lora_scale * shape.logit_scale)).to(dz_nR.dtype)
+        dz_nR[rows] = (g[:real] * (shape.lora_scale * shape.logit_scale)).to(dz_nR.dtype)
     for grad, right in ((dW_VH, h), (dB_VR, z)):
         if grad is not None and right is not None:
             grad.add_((e_Vn @ (right * inverse[:, None]).to(e_Vn.dtype)).to(grad.dtype))
