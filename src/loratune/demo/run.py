@@ -1,5 +1,6 @@
 """The demo: Gemma 3 270M learns to put marks and capitals back into Ukrainian sentences, and shows before and after."""
 
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Size:
     test: int
 
 
-FULL = Size(steps=75, train=600, validation=48, test=32)
+FULL = Size(steps=60, train=480, validation=48, test=32)
 QUICK = Size(steps=15, train=120, validation=16, test=8)
 
 
@@ -166,6 +167,7 @@ def _go_on(name: str, train: Path, validation: Path, output: Path, size: Size) -
         [
             "",
             "Go on from here. The same training by hand, then one step richer, and the result at work:",
+            *(["  . .venv/bin/activate"] if shutil.which("loratune") is None else []),
             f"  loratune train --model {name} --data {train} --validation {validation} --preset fast \\",
             f"      --max-steps {size.steps} --output {output}-again",
             f"  loratune train --model {name} --data {train} --validation {validation} --preset quality \\",
