@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loratune.adapter.dropout import Noise
+from loratune.adapter.experts import plain_forward, standing_in
 from loratune.adapter.factor import LowRank
 from loratune.adapter.fused import lora_linear
 from loratune.adapter.hosts import Host
@@ -144,6 +145,11 @@ class AdaptedWeights(Wrapper):
                 f"rows: a {type(self.base).__name__} computes all rows with one weight, so it cannot serve each row "
                 "its own adapter. Run each adapter's rows apart."
             )
+        active = {key: list(slot.factors()) for key, slot in self.slots.items() if len(slot.active)}  # type: ignore[operator, arg-type]
+        one_by_one = plain_forward(self.base, list(active)) if active else None
+        if one_by_one is not None:
+            with standing_in(self.base, active):
+                return one_by_one(self.base, *args, **kwargs)
         changed = {name: weight for name, weight in self._changed() if weight is not None}
         return call_with(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
 
