@@ -26,7 +26,7 @@ from loratune.model.causal import CausalModel
 from loratune.model.load import load_model
 from loratune.report import adapters as adapter_reports
 from loratune.report import figures
-from loratune.train import checkpoint, identity, loop
+from loratune.train import checkpoint, identity, loop, watch
 from loratune.train.config import DataConfig, ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
 from loratune.train.loop import OnEvent, Run
 from loratune.train.optim import Optimizer
@@ -155,6 +155,7 @@ def _prepare(
     causal = CausalModel(model)
     for note in causal.notes:
         on_event({"event": "notice", "message": note})
+    watch.check_reached(causal, attached, training)
     return Run(
         output=output,
         config=config.train,
