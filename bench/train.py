@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 import warnings
 
@@ -137,7 +138,7 @@ def peft(options) -> dict:
     steps = len(rows) // shared.BATCH
     sampling = {"train_sampling_strategy": "group_by_length"} if options.grouped else {}
     arguments = TrainingArguments(
-        output_dir="/tmp/loratune-bench",
+        output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=options.micro,
         gradient_accumulation_steps=shared.BATCH // options.micro,
         max_steps=steps + 1,

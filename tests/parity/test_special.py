@@ -230,3 +230,13 @@ def test_beginnings_say_what_they_need():
         loratune.attach(FAMILIES["llama"](), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="orthogonal"))
     with pytest.raises(ConfigError, match="smaller side"):
         loratune.attach(FAMILIES["llama"](), LoraConfig(r=999, target_modules=["q_proj"], init_lora_weights="pissa"))
+
+
+def test_tying_that_is_not_done_is_refused_and_nothing_to_tie_is_said():
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = FAMILIES["gemma3_text"]()
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens would be trained apart from lm_head"):
+        loratune.attach(model, config)
+    assert "_loratune" not in model.__dict__
+    attached = loratune.attach(model, LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True))
+    assert "ensure_weight_tying has nothing to tie" in attached.summary()

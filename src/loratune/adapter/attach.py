@@ -296,6 +296,7 @@ def attach(
     existing = Attachments.of(model)
     check_name(existing, name)
     with _plain(model, existing):
+        sites.check_tying(model, what if isinstance(what, LoraConfig) else what.config)
         base = existing.base if existing else fingerprint(model)
         if isinstance(what, LoraConfig):
             found = sites.find(model, what)

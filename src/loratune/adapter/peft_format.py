@@ -231,19 +231,25 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Fingerprint | None]:
             else f"{WEIGHTS} is missing"
         )
         raise AdapterError(f"{path}: {hint}.")
-    try:
-        with safe_open(str(file), "pt") as opened:
-            metadata = opened.metadata() or {}
-            # Copies: a mapped file that changes under a running process changes or kills it.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged or not a safetensors file: {error}.") from error
+    tensors, metadata = load_tensors(file)
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, file)
+        check_tensor(name, tensor, file)
     return tensors, _read_fingerprint(metadata, file)
 
 
-def _check_tensor(name: str, tensor: Tensor, file: Path) -> None:
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file into memory: (tensors, metadata). Raises AdapterError for one that is damaged."""
+    try:
+        with safe_open(str(file), "pt") as opened:
+            # Copies: a mapped file that changes under a running process changes or kills it.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            return tensors, opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is damaged or not a safetensors file: {error}.") from error
+
+
+def check_tensor(name: str, tensor: Tensor, file: Path) -> None:
+    """Raises AdapterError unless a file's tensor holds finite floating point numbers."""
     counts = tensor.dtype == torch.int64 and _split(name)[1] is None  # a saved module's: batches a norm has seen
     if tensor.dtype not in _FLOATS and not counts:
         raise AdapterError(f"{file}: {name} has type {tensor.dtype}; expected floating point numbers.")

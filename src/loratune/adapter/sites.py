@@ -285,6 +285,29 @@ def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> l
     return found
 
 
+def tied(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
+    """Returns, for each path whose weight other modules share, the paths of those others."""
+    owners: dict[int, list[str]] = {}
+    for path, module in logical_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None and path not in owners.setdefault(id(weight), []):
+            owners[id(weight)].append(path)
+    modules = dict(logical_modules(model))
+    shared = {path: owners[id(modules[path]._parameters.get("weight"))] for path in paths}
+    return {path: [other for other in names if other != path] for path, names in shared.items() if len(names) > 1}
+
+
+def check_tying(model: nn.Module, config: LoraConfig) -> None:
+    """Raises ConfigError where `ensure_weight_tying` asks for what is not done: tying modules that are trained whole."""
+    shared = tied(model, saved_paths(model, config)) if config.ensure_weight_tying else {}
+    for path, others in shared.items():
+        raise ConfigError(
+            f"ensure_weight_tying does not reach modules_to_save: {path} would be trained apart from "
+            f"{', '.join(others)}, which shares its weight. Adapt the embedding by target_modules, or set "
+            "ensure_weight_tying to False."
+        )
+
+
 def find_for(model: nn.Module, adapter: Adapter) -> list[Site]:
     """Returns the sites of an existing adapter's configuration; raises AdapterError if the model has no such sites."""
     try:

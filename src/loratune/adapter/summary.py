@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from loratune.adapter import roles
 from loratune.adapter.adapter import Adapter
-from loratune.adapter.sites import Site, find, logical_modules
+from loratune.adapter.sites import Site, find, logical_modules, tied
 
 
 def summarize(model: nn.Module, adapter: Adapter) -> str:
@@ -44,6 +44,10 @@ def notes(model: nn.Module, adapter: Adapter) -> list[str]:
         found.append(
             f"note: r is above the smaller side of {len(high)} layers (first: {high[0]}); more than full rank."
         )
+    if adapter.config.ensure_weight_tying and not any(site.tied_to for site in found_sites):
+        found.append(
+            "note: ensure_weight_tying has nothing to tie: no adapted embedding shares a weight with the head."
+        )
     for path, others in tied(
         model, [site.owner for site in found_sites if not site.parameter and not _stays_tied(site, found_sites)]
     ).items():
@@ -59,15 +63,3 @@ def notes(model: nn.Module, adapter: Adapter) -> list[str]:
 def _stays_tied(site: Site, found: Sequence[Site]) -> bool:
     """Whether both uses of a shared weight get the same update (`ensure_weight_tying`, trained token rows)."""
     return site.tied_to is not None or any(other.tied_to == site.path for other in found)
-
-
-def tied(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
-    """Returns, for each path whose weight other modules share, the paths of those others."""
-    owners: dict[int, list[str]] = {}
-    for path, module in logical_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None and path not in owners.setdefault(id(weight), []):
-            owners[id(weight)].append(path)
-    modules = dict(logical_modules(model))
-    shared = {path: owners[id(modules[path]._parameters.get("weight"))] for path in paths}
-    return {path: [other for other in names if other != path] for path, names in shared.items() if len(names) > 1}

@@ -12,8 +12,7 @@ from loratune.adapter.adapter import Adapter
 from loratune.adapter.attach import Attachments, attach
 from loratune.adapter.factor import LowRank, Transposed
 from loratune.adapter.merge import settle_ties
-from loratune.adapter.sites import TOKENS, Site, logical_modules
-from loratune.adapter.summary import tied
+from loratune.adapter.sites import TOKENS, Site, logical_modules, tied
 from loratune.adapter.wrapper import parent_of, unwrapped
 from loratune.compat.peft_config import LoraConfig
 from loratune.compat.peft_layers import LoraLayer, layer_class, leaf

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -288,16 +287,11 @@ def _mlx_config(file: Path) -> dict[str, Any]:
 
 
 def _mlx_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(file), "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged or not a safetensors file: {error}.") from error
+    tensors, metadata = peft_format.load_tensors(file)
     for name, tensor in tensors.items():
         if not name.endswith((".lora_a", ".lora_b")):
             raise AdapterError(f"{file}: {name} is neither a lora_a nor a lora_b; it cannot be converted.")
-        peft_format._check_tensor(_peft_key(*name.rpartition(".")[::2]), tensor, file)
+        peft_format.check_tensor(_peft_key(*name.rpartition(".")[::2]), tensor, file)
     if not tensors:
         raise AdapterError(f"{file} holds no tensors; this is not an adapter.")
     return tensors, metadata
