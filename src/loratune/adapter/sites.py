@@ -298,7 +298,7 @@ def tied(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_tying(model: nn.Module, config: LoraConfig) -> None:
-    """Raises ConfigError where `ensure_weight_tying` asks for what is not done: tying modules that are trained whole."""
+    """Raises ConfigError where `ensure_weight_tying` asks for what is not done: tying modules trained whole."""
     shared = tied(model, saved_paths(model, config)) if config.ensure_weight_tying else {}
     for path, others in shared.items():
         raise ConfigError(
