@@ -8,14 +8,20 @@ from torch import Tensor
 
 from loratune.adapter.attach import attach
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.dropout import Noise, Span, _key
+from loratune.adapter.dropout import Noise, Span, zero_
 from oracles import IDS, Toy, brute_force, gradients, logits_of, objective, relative, worst
 
 _CPU = torch.device("cpu")
 
 
+def keep(noise: Noise, site: int, width: int, p: float) -> Tensor:
+    """What stays, as a mask (T, width)."""
+    ones = torch.ones(noise.num_tokens, width)
+    return zero_(ones, noise.dropped(site, width, p, _CPU)).bool()
+
+
 def alone(document: int, length: int, seed: int = 1, step: int = 2, site: int = 3) -> Tensor:
-    return Noise(seed, step, (Span(document, 0, length),), length).keep(site, 8, 0.3, _CPU)
+    return keep(Noise(seed, step, (Span(document, 0, length),), length), site, 8, 0.3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6))
@@ -26,7 +32,7 @@ def test_a_document_meets_the_same_mask_wherever_it_stands(rows: list[tuple[int,
     for document, length, padding in rows:
         spans.append(Span(document, start, length))
         start += length + padding
-    mask = Noise(1, 2, tuple(spans), start).keep(3, 8, 0.3, _CPU)
+    mask = keep(Noise(1, 2, tuple(spans), start), 3, 8, 0.3)
     for span in spans:
         assert torch.equal(mask[span.start : span.start + span.length], alone(span.document, span.length))
     covered = sum(span.length for span in spans)
@@ -43,19 +49,23 @@ def test_every_part_of_the_key_matters(other: dict[str, int]) -> None:
     assert 0.37 < float(differing) < 0.47  # two independent masks differ in 2 p (1 - p) = 0.42 of the places
 
 
+def key(seed: int, step: int, document: int, site: int) -> int:
+    return Noise(seed, step, (), 0)._key(document, site)
+
+
 def test_keys_do_not_collide_where_sums_would() -> None:
-    keys = {_key(a, b, c, d) for a in range(6) for b in range(6) for c in range(6) for d in range(6)}
+    keys = {key(a, b, c, d) for a in range(6) for b in range(6) for c in range(6) for d in range(6)}
     assert len(keys) == 6**4 and all(0 <= key < 2**63 for key in keys)
 
 
 def test_the_key_is_the_same_for_ever() -> None:
     """A resumed run must draw the masks of the run it goes on with, whatever the versions."""
-    assert _key(1, 2, 3, 4) == 7661749924751933381
+    assert key(1, 2, 3, 4) == 2268768721060518439
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_the_rate_is_what_was_asked(p: float) -> None:
-    mask = Noise(0, 0, (Span(0, 0, 2000),), 2000).keep(0, 100, p, _CPU)
+    mask = keep(Noise(0, 0, (Span(0, 0, 2000),), 2000), 0, 100, p)
     assert abs(float(mask.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / 200_000) ** 0.5
 
 
@@ -81,15 +91,32 @@ def test_forward_and_backward_use_one_mask_as_written_out() -> None:
     for i, block in enumerate(plain.layers):
         path = f"layers.{i}.q_proj"
         site = model.get_submodule(path).site
-        keep = attached.shared.noise.keep(site, 6, 0.4, _CPU).view(3, 4, 6)
+        kept = keep(attached.shared.noise, site, 6, 0.4).view(3, 4, 6)
         factor = attached.adapter.factors[path]
-        q = block.q_proj(x) + factor.scale * (x * keep / 0.6) @ leaves[f"{path}.A"].T @ leaves[f"{path}.B"].T
+        q = block.q_proj(x) + factor.scale * (x * kept / 0.6) @ leaves[f"{path}.A"].T @ leaves[f"{path}.B"].T
         x = x + block.c_fc(torch.tanh(q) * block.v_proj(x))
     expected = plain.head(x)
     objective(expected).backward()
     assert relative(found, expected) < 1e-12
     theirs = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     assert worst(gradients(attached.adapter), theirs) < 1e-12
+
+
+def test_dropped_inputs_are_independent_of_each_other() -> None:
+    """Neighbours, rows, columns and other sites: gaps must not leave a pattern that single draws would not have."""
+    noise = Noise(3, 4, (Span(5, 0, 4000),), 4000)
+    mask, other = (~keep(noise, site, 64, 0.05) for site in (0, 1))
+    pairs = {"column": (mask[:, 1:], mask[:, :-1]), "row": (mask[1:], mask[:-1]), "site": (mask, other)}
+    for name, (a, b) in pairs.items():
+        together = float((a & b).double().mean())
+        assert abs(together - 0.05**2) < 5 * (0.05**2 / a.numel()) ** 0.5, name
+    assert float(mask.double().mean(0).std()) < 1.5 * (0.05 * 0.95 / 4000) ** 0.5
+
+
+def test_other_devices_draw_a_mask_of_the_same_rate_per_document() -> None:
+    noise = Noise(3, 4, (Span(5, 1, 2000),), 2002)
+    mask = noise._mask(0, 50, 0.05, torch.Generator())
+    assert not mask[0].any() and not mask[-1].any() and abs(float(mask[1:-1].double().mean()) - 0.05) < 0.004
 
 
 def test_the_expectation_over_masks_is_the_layer_without_dropout() -> None:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loratune.adapter.dropout import Mask
 from loratune.adapter.factor import LowRank
-from loratune.adapter.fused import lora_linear
+from loratune.adapter.fused import Linear, lora_linear
 from loratune.adapter.hosts import host_of
 from oracles import relative
 
@@ -27,6 +28,10 @@ def layer(kind: str, bias: bool, inputs: int = 5, outputs: int = 4) -> nn.Module
 def factor_of(dropout: float, inputs: int = 5, outputs: int = 4) -> LowRank:
     torch.manual_seed(1)
     return LowRank(torch.randn(3, inputs).double(), torch.randn(outputs, 3).double(), 1.7, dropout)
+
+
+def mask_of(keep: Tensor | None, factor: LowRank) -> Mask | None:
+    return None if keep is None else Mask(~keep, 0, keep.shape[1], factor.dropout, keep.device)
 
 
 def written_out(module: Any, factor: LowRank, x: Tensor, keep: Tensor | None) -> Tensor:
@@ -49,7 +54,7 @@ def test_gradients_equal_finite_differences(kind: str, bias: bool, dropout: floa
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:  # A and B are the factor's own, moved in place
         assert A is factor.A and B is factor.B
-        return lora_linear(module, host, factor, x, keep)
+        return lora_linear(Linear(module, host, factor, mask_of(keep, factor)), x)
 
     host = host_of(module)
     assert host is not None
@@ -74,7 +79,10 @@ def test_any_shape_and_any_set_of_wanted_gradients_equals_autograd(
         leaf.requires_grad_(need)
     host = host_of(module)
     assert host is not None
-    found, expected = lora_linear(module, host, factor, x, keep), written_out(module, factor, x, keep)
+    found, expected = (
+        lora_linear(Linear(module, host, factor, mask_of(keep, factor)), x),
+        written_out(module, factor, x, keep),
+    )
     assert found.shape == (*lead, 4) and relative(found, expected) < 1e-13
     weight = torch.randn(found.shape, dtype=torch.float64)
     ours = torch.autograd.grad((found * weight).sum(), wanted)
@@ -89,7 +97,7 @@ def test_the_frozen_weight_and_the_input_are_not_written() -> None:
     kept = x.detach().clone()
     host = host_of(module)
     assert host is not None
-    lora_linear(module, host, factor, x, None).square().sum().backward()
+    lora_linear(Linear(module, host, factor, None), x).square().sum().backward()
     assert torch.equal(x, kept) and torch.equal(module.weight, before[0]) and torch.equal(module.bias, before[1])
     assert module.weight.grad is None
 
@@ -100,7 +108,7 @@ def test_an_in_place_addition_may_follow() -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     host = host_of(module)
     assert host is not None
-    y = lora_linear(module, host, factor, x, None)
+    y = lora_linear(Linear(module, host, factor, None), x)
     y += 1
     y.sum().backward()
     assert x.grad is not None
@@ -118,7 +126,7 @@ def test_a_bfloat16_base_keeps_float32_factors_and_gradients() -> None:
     half, narrow = module.bfloat16(), LowRank(factor.A.detach().float(), factor.B.detach().float(), factor.scale)
     host = host_of(half)
     assert host is not None
-    found = lora_linear(half, host, narrow, x, None)
+    found = lora_linear(Linear(half, host, narrow, None), x)
     (found * 0.1).sum().backward()
     assert found.dtype == torch.bfloat16 and relative(found.double(), expected) < 2**-6
     assert narrow.A.grad is not None and narrow.A.grad.dtype == torch.float32

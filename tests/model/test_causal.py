@@ -50,7 +50,7 @@ def test_packed_or_padded_logits_and_losses_equal_those_of_each_document_alone(f
         assert bool(causal.notes) == (family in _PADDED), causal.notes
         with attention.packed_row() if batch.packed else nullcontext():
             logits = model(**batch.inputs, use_cache=False).logits.reshape(-1, VOCAB)[batch.predicting]
-        assert relative(logits, expected) < 1e-6
+        assert relative(logits, expected) < 3e-6  # blocks as one function round in another order
         total, each = causal.losses(batch)
     losses = F.cross_entropy(expected.double(), batch.labels, reduction="none")
     assert relative(each.double(), losses) < 1e-6

@@ -9,68 +9,95 @@ faster in float32 on a CPU (3.2 against 0.35 ms for T = 520, O = 2048, R = 8), g
 Shapes: T tokens, I inputs, O outputs, R rank; z and dz are held as (R, T).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from loratune.adapter.dropout import Mask, zero_
 from loratune.adapter.factor import LowRank
 from loratune.adapter.hosts import Host
 
 
-class _LoraLinear(Function):
-    """y = W x + b + s B A (m x / (1-p)).  With z = A (m x / (1-p)) and g = dy:
+class Linear(NamedTuple):
+    """A frozen linear layer with the one plain factor on it, or none, and the dropout before it:
 
-    dz = s g B;  dB = s g^T z;  dA = dz^T (m x / (1-p));  dx = g W + m (dz A) / (1-p).
+    y = W x + b + s B z,  z = A (m x / (1-p)).
     """
 
+    base: Any
+    host: Host
+    factor: LowRank | None
+    mask: Mask | None
+
+    def factors(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Returns (A, B) in the type the layer computes in."""
+        return (None, None) if self.factor is None else (self.factor.A.to(like.dtype), self.factor.B.to(like.dtype))
+
+    def forward(self, x_TI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns (y (T, O), z (R, T))."""
+        assert self.host.forward is not None
+        y_TO = self.host.forward(self.base, x_TI)
+        if self.factor is None or A_RI is None or B_OR is None:
+            return y_TO, None
+        z_RT = A_RI @ self._dropped(x_TI, None if self.mask is None else self.mask.draw()).T
+        return y_TO.addmm_(z_RT.T, B_OR.T, alpha=self.factor.scale * self._inverse_keep_rate), z_RT
+
+    def backward(
+        self, x_TI: Tensor, z_RT: Tensor | None, A_RI: Tensor | None, B_OR: Tensor | None, g_TO: Tensor, *,
+        with_input: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Returns (dx, dA, dB), dx None unless asked for. With g = dy:
+
+        dz = s g B / (1-p);  dB = s g^T z / (1-p);  dA = dz^T (m x);  dx = g W + m (dz A).
+        """
+        assert self.host.input_grad is not None
+        dx_TI = self.host.input_grad(self.base, g_TO) if with_input else None
+        if self.factor is None or A_RI is None or B_OR is None or z_RT is None:
+            return dx_TI, None, None
+        scale = self.factor.scale * self._inverse_keep_rate
+        dz_RT = (B_OR.T @ g_TO.T).mul_(scale)
+        dB_OR = (z_RT @ g_TO).mul_(scale).T
+        dropped = None if self.mask is None else self.mask.draw()
+        dA_RI = dz_RT @ self._dropped(x_TI, dropped)
+        if dx_TI is None:
+            return None, dA_RI, dB_OR
+        if dropped is None:
+            return dx_TI.addmm_(dz_RT.T, A_RI), dA_RI, dB_OR
+        return dx_TI.add_(zero_(dz_RT.T @ A_RI, dropped)), dA_RI, dB_OR
+
+    @property
+    def _inverse_keep_rate(self) -> float:
+        return 1.0 if self.mask is None else 1 / (1 - self.mask.p)
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        A_RI: Tensor,
-        B_OR: Tensor,
-        keep_TI: Tensor | None,
-        factor: LowRank,
-        base: Any,
-        host: Host,
-    ) -> Tensor:
-        assert host.forward is not None
-        ctx.base, ctx.host, ctx.scale = base, host, factor.scale
-        ctx.inverse_keep_rate = 1 / (1 - factor.dropout)
-        y_TO = host.forward(base, x_TI)
-        z_RT = A_RI @ _dropped(x_TI, keep_TI, ctx.inverse_keep_rate).T
-        ctx.save_for_backward(x_TI, A_RI, B_OR, z_RT, keep_TI)
-        return y_TO.addmm_(z_RT.T, B_OR.T, alpha=factor.scale)
+    def _dropped(x_TI: Tensor, dropped: Tensor | None) -> Tensor:
+        return x_TI if dropped is None else zero_(x_TI.clone(), dropped)
+
+
+class _LoraLinear(Function):
+    """One layer: y = W x + b + s B z, see Linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, linear: Linear) -> Tensor:
+        y_TO, z_RT = linear.forward(x_TI, A_RI, B_OR)
+        ctx.linear = linear
+        ctx.save_for_backward(x_TI, z_RT, A_RI, B_OR)
+        return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x_TI, A_RI, B_OR, z_RT, keep_TI = ctx.saved_tensors
-        dz_RT = (B_OR.T @ g_TO.T).mul_(ctx.scale)
-        dB_OR = (z_RT @ g_TO).mul_(ctx.scale).T if ctx.needs_input_grad[2] else None
-        dA_RI = dz_RT @ _dropped(x_TI, keep_TI, ctx.inverse_keep_rate) if ctx.needs_input_grad[1] else None
-        dx_TI = None
-        if ctx.needs_input_grad[0]:
-            dx_TI = ctx.host.input_grad(ctx.base, g_TO)
-            if keep_TI is None:
-                dx_TI.addmm_(dz_RT.T, A_RI)
-            else:
-                dx_TI.add_((dz_RT.T @ A_RI).mul_(keep_TI), alpha=ctx.inverse_keep_rate)
-        return dx_TI, dA_RI, dB_OR, None, None, None, None
+        return *ctx.linear.backward(*ctx.saved_tensors, g_TO, with_input=ctx.needs_input_grad[0]), None
 
 
-def _dropped(x_TI: Tensor, keep_TI: Tensor | None, inverse_keep_rate: float) -> Tensor:
-    return x_TI if keep_TI is None else (x_TI * keep_TI).mul_(inverse_keep_rate)
-
-
-def lora_linear(base: nn.Module, host: Host, factor: LowRank, x: Tensor, keep_TI: Tensor | None) -> Tensor:
+def lora_linear(linear: Linear, x: Tensor) -> Tensor:
     """Returns W x + b + s B A dropout(x) for x (..., I), in the type of x; equals the plain path to rounding.
 
-    `keep_TI`: bool (T, I) of the inputs kept, or None. The views stay outside: a function that returns a view cannot
-    be followed by an in-place addition, which some models (Falcon) do.
+    The views stay outside: a function that returns a view cannot be followed by an in-place addition, which some models
+    (Falcon) do.
     """
     x_TI = x.reshape(-1, x.shape[-1])
-    y_TO: Tensor = _LoraLinear.apply(x_TI, factor.A.to(x.dtype), factor.B.to(x.dtype), keep_TI, factor, base, host)  # type: ignore[assignment]
+    y_TO: Tensor = _LoraLinear.apply(x_TI, *linear.factors(x), linear)  # type: ignore[assignment]
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loratune.adapter.dropout import Noise
+from loratune.adapter.dropout import Mask, Noise
 from loratune.adapter.experts import plain_forward, standing_in
 from loratune.adapter.factor import LowRank
-from loratune.adapter.fused import lora_linear
-from loratune.adapter.hosts import Host
+from loratune.adapter.fused import Linear, lora_linear
+from loratune.adapter.hosts import LINEAR, Host
 from loratune.adapter.variants import added, merged
 from loratune.errors import AdapterError
 
@@ -71,18 +71,24 @@ class Adapted(Slot):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.shared.rows is not None:
             return self._by_rows(self.base(x, *args, **kwargs), x, self.shared.rows)
-        if len(self.active) == 1 and self._can_fuse():
-            factor: Any = self.active[0]
-            return lora_linear(self.base, self.host, factor, x, self.keep(factor, x))
+        if len(self.active) == 1 and (linear := self.linear(x)) is not None:
+            return lora_linear(linear, x)
         frozen = y = self.base(x, *args, **kwargs)
         for factor in self.factors():
             y = y + added(self.host, self.base, factor, x, self.dropped(factor, x), frozen).to(y.dtype)
         return y
 
-    def _can_fuse(self) -> bool:
-        factor: Any = self.active[0]
-        frozen = not any(parameter.requires_grad for parameter in self.base.parameters())
-        return frozen and factor.is_plain and self.host.input_grad is not None
+    def linear(self, x: Tensor) -> Linear | None:
+        """Returns what a fused function needs to compute this layer for an input, or None where none may: rows of
+        several adapters, several factors, one that is not plain; a base that trains, is watched or has no such path."""
+        if self.shared.rows is not None or len(self.active) > 1 or self.host.input_grad is None:
+            return None
+        if trains(self.base) or is_watched(self.base):
+            return None
+        factor: Any = self.active[0] if len(self.active) else None
+        if factor is not None and not factor.is_plain:
+            return None
+        return Linear(self.base, self.host, factor, None if factor is None else self.mask(factor, x))
 
     def _by_rows(self, y: Tensor, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         if len(x) != self.shared.num_rows:  # another batch, or a model that flattens it before a layer (OPT's fc1)
@@ -97,20 +103,40 @@ class Adapted(Slot):
                 y = y.index_add(0, index, update.to(y.dtype))
         return y
 
-    def keep(self, factor: LowRank, x: Tensor) -> Tensor | None:
-        """Returns the mask of the inputs the adapter sees, bool (T, I), or None where nothing is dropped."""
+    def mask(self, factor: LowRank, x: Tensor) -> Mask | None:
+        """Returns the dropout of this site for an input (..., I), or None where nothing is dropped."""
         if not (self.training and factor.dropout and self.host.takes_dropout):
             return None
         num_tokens, width = x.numel() // x.shape[-1], x.shape[-1]
         noise = self.shared.noise
-        if noise is not None and noise.num_tokens == num_tokens:
-            return noise.keep(self.site, width, factor.dropout, x.device)
-        return torch.rand(num_tokens, width, device=x.device) >= factor.dropout
+        if noise is None or noise.num_tokens != num_tokens:
+            noise = torch.rand(num_tokens, width, device=x.device) < factor.dropout
+        return Mask(noise, self.site, width, factor.dropout, x.device)
 
     def dropped(self, factor: LowRank, x: Tensor) -> Tensor:
         """Returns the adapter's input after dropout, scaled by 1 / (1 - p) so that its expectation is x."""
-        keep = self.keep(factor, x)
-        return x if keep is None else (x * keep.view_as(x)) * (1 / (1 - factor.dropout))
+        mask = self.mask(factor, x)
+        return x if mask is None else mask.apply(x)
+
+
+def linear_of(module: nn.Module, x: Tensor) -> Linear | None:
+    """Returns what a fused function needs to compute a linear layer, adapted or not, or None: see `Adapted.linear`."""
+    if isinstance(module, Adapted):
+        return module.linear(x)
+    if type(module) is nn.Linear and not (trains(module) or is_watched(module)):
+        return Linear(module, LINEAR, None, None)
+    return None
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether a parameter of a module gets a gradient, which the fused functions do not form."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody waits for a module to be called: with a hook, or with a forward put in its place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 class AdaptedWeights(Wrapper):

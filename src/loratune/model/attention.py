@@ -6,9 +6,10 @@ other call (padded batches, generation with a cache) goes to transformers' own a
 Shapes: T tokens, Q query heads, K key-value heads, D head size; q (1, Q, T, D), k and v (1, K, T, D).
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,37 @@ BOUNDARIES = "cu_seq_lens_q"  # a keyword that every family with the attention i
 # Only the building of masks looks at this; the boundaries themselves travel as a keyword, so that a backward pass in
 # another thread or a recomputed layer sees them.
 _packed: ContextVar[bool] = ContextVar("loratune_packed", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a module asks of its attention, whatever the input."""
+
+    scale: float
+    causal: bool
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def is_special(self) -> bool:
+        return self.softcap is not None or self.sinks is not None
+
+
+# The settings that each module called with, while somebody wants to know.
+_recorded: ContextVar[dict[nn.Module, Settings] | None] = ContextVar("loratune_recorded", default=None)
+
+
+@contextmanager
+def recording() -> Generator[dict[nn.Module, Settings]]:
+    """Within the block the settings of every attention module that runs are noted in what is yielded."""
+    calls: dict[nn.Module, Settings] = {}
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
 
 
 @contextmanager
@@ -73,68 +105,61 @@ def packed_attention(
     Handles a sliding window, a tanh soft cap (Gemma 2) and attention sinks (gpt-oss) as the family passes them.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    special = softcap is not None or s_aux is not None
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    asked = Settings(scale, causal, sliding_window, softcap, s_aux, dropout)
+    if (calls := _recorded.get()) is not None:
+        calls[module] = asked
     boundaries: tuple[int, ...] | None = kwargs.get(BOUNDARIES)
-    if boundaries is None and not special:
+    if boundaries is not None:
+        return packed(q, k, v, boundaries, asked), None
+    if not asked.is_special:
         return sdpa_attention_forward(
             module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )  # type: ignore[return-value]
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if boundaries is None:
-        mask = attention_mask if attention_mask is not None else _window(q.shape[2], k.shape[2], causal, None, q.device)
-        return _explicit(q, k, v, mask, scale, softcap, s_aux, dropout).transpose(1, 2).contiguous(), None
-    if not special and dropout == 0 and _is_short(q, v, boundaries):
-        return _ShortDocuments.apply(q, k, v, boundaries, scale, causal, sliding_window), None  # type: ignore[return-value]
+    mask = attention_mask if attention_mask is not None else _window(q.shape[2], k.shape[2], causal, None, q.device)
+    return _explicit(q, k, v, mask, scale, softcap, s_aux, dropout).transpose(1, 2).contiguous(), None
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], asked: Settings) -> Tensor:
+    """Returns the attention of each document of a packed row to itself, (1, T, Q, D), differentiable."""
+    if is_short(q, v, boundaries, asked):
+        return _ShortDocuments.apply(q, k, v, boundaries, asked.scale, asked.causal, asked.window)  # type: ignore[return-value]
     pieces: list[Tensor] = []
     for start, end in pairwise(boundaries):
         part = slice(start, end)
         length = end - start
-        window = sliding_window if sliding_window is not None and sliding_window < length else None
+        window = asked.window if asked.window is not None and asked.window < length else None
         qd, kd, vd = q[:, :, part], k[:, :, part], v[:, :, part]
-        if special:
-            mask = _window(length, length, causal, window, q.device)
-            pieces.append(_explicit(qd, kd, vd, mask, scale, softcap, s_aux, dropout))
-        else:
-            mask = None if window is None else _window(length, length, causal, window, q.device)
-            pieces.append(
-                F.scaled_dot_product_attention(
-                    qd, kd, vd, mask, dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=True
-                )
+        if asked.is_special:
+            mask = _window(length, length, asked.causal, window, q.device)
+            pieces.append(_explicit(qd, kd, vd, mask, asked.scale, asked.softcap, asked.sinks, asked.dropout))
+            continue
+        mask = None if window is None else _window(length, length, asked.causal, window, q.device)
+        pieces.append(
+            F.scaled_dot_product_attention(
+                qd, kd, vd, mask, asked.dropout, is_causal=asked.causal and mask is None, scale=asked.scale,
+                enable_gqa=True,
             )
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+        )  # fmt: skip
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 
-def _is_short(q: Tensor, v: Tensor, boundaries: tuple[int, ...]) -> bool:
+def is_short(q: Tensor, v: Tensor, boundaries: tuple[int, ...], asked: Settings) -> bool:
     """Whether to write attention out: on a CPU, in full precision, where no document is long."""
     plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[-1] == v.shape[-1]
-    return plain and max(end - start for start, end in pairwise(boundaries)) <= SHORT_TOKENS
+    longest = max(end - start for start, end in pairwise(boundaries))
+    return plain and longest <= SHORT_TOKENS and not asked.is_special and asked.dropout == 0
 
 
 class _ShortDocuments(Function):
-    """Attention of short documents written out, one batched product each: P = softmax(scale Q K^T), O = P V.
-
-    The query heads that share a key head are rows of one matrix, so nothing is repeated. P is kept for the backward:
-    dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = scale dS K;  dK = scale dS^T Q.
-    Shapes: L tokens of a document, G query heads per key head; q as (K, G L, D), P as (K, G L, L).
-    """
+    """Attention of short documents, written out: see `short_documents`. P is kept for the backward."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], scale: float, causal: bool,
         window: int | None,
     ) -> Tensor:  # fmt: skip
-        num_tokens, num_heads, width = q.shape[2], q.shape[1], q.shape[3]
-        output = q.new_empty(1, num_tokens, num_heads, width)
-        kept: list[Tensor] = []
-        for start, end in pairwise(boundaries):
-            qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
-            scores = torch.bmm(qd, kd.transpose(1, 2)).mul_(scale)
-            mask = _window(end - start, end - start, causal, window, q.device)
-            if mask is not None:
-                scores.view(k.shape[1], -1, end - start, end - start).masked_fill_(~mask, float("-inf"))
-            weights = scores.softmax(-1)
-            kept.append(weights)
-            output[0, start:end] = _unfolded(torch.bmm(weights, vd), num_heads).transpose(0, 1)
+        output, kept = short_documents(q, k, v, boundaries, scale, causal, window)
         ctx.save_for_backward(q, k, v, output, *kept)
         ctx.boundaries, ctx.scale = boundaries, scale
         return output
@@ -143,15 +168,55 @@ class _ShortDocuments(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, k, v, output, *kept = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for weights, (start, end) in zip(kept, pairwise(ctx.boundaries), strict=True):
-            qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
-            gd, od = (_folded(each[0, start:end].transpose(0, 1), k.shape[1]) for each in (g, output))
-            dv[0, :, start:end] = torch.bmm(weights.transpose(1, 2), gd)
-            ds = torch.bmm(gd, vd.transpose(1, 2)).sub_((gd * od).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
-            dq[0, :, start:end] = _unfolded(torch.bmm(ds, kd), q.shape[1])
-            dk[0, :, start:end] = torch.bmm(ds.transpose(1, 2), qd)
-        return dq, dk, dv, None, None, None, None
+        return *short_documents_backward(q, k, v, output, kept, ctx.boundaries, ctx.scale, g), None, None, None, None
+
+
+def short_documents(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], scale: float, causal: bool, window: int | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns (O (1, T, Q, D), P of each document): P = softmax(scale q k^T), O = P v, a batched product each.
+
+    The query heads that share a key head are rows of one matrix, so nothing is repeated.
+    Shapes: L tokens of a document, G query heads per key head; q as (K, G L, D), P as (K, G L, L).
+    """
+    num_tokens, num_heads, width = q.shape[2], q.shape[1], q.shape[3]
+    output = q.new_empty(1, num_tokens, num_heads, width)
+    kept: list[Tensor] = []
+    for start, end in pairwise(boundaries):
+        qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
+        scores = torch.bmm(qd, kd.transpose(1, 2)).mul_(scale)
+        mask = _window(end - start, end - start, causal, window, q.device)
+        if mask is not None:
+            scores.view(k.shape[1], -1, end - start, end - start).masked_fill_(~mask, float("-inf"))
+        weights = scores.softmax(-1)
+        kept.append(weights)
+        output[0, start:end] = _unfolded(torch.bmm(weights, vd), num_heads).transpose(0, 1)
+    return output, kept
+
+
+def short_documents_backward(
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, kept: Sequence[Tensor], boundaries: tuple[int, ...], scale: float,
+    g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (dq, dk, dv), shaped as q, k and v and laid out token by token. With S the scores and g = dO:
+
+    dv = P^T g;  dS = P * (g v^T - rowsum(g * O));  dq = scale dS k;  dk = scale dS^T q.
+    """
+    dq, dk, dv = (_by_tokens(each) for each in (q, k, v))
+    for weights, (start, end) in zip(kept, pairwise(boundaries), strict=True):
+        qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
+        gd, od = (_folded(each[0, start:end].transpose(0, 1), k.shape[1]) for each in (g, output))
+        dv[0, :, start:end] = torch.bmm(weights.transpose(1, 2), gd)
+        ds = torch.bmm(gd, vd.transpose(1, 2)).sub_((gd * od).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        dq[0, :, start:end] = _unfolded(torch.bmm(ds, kd), q.shape[1])
+        dk[0, :, start:end] = torch.bmm(ds.transpose(1, 2), qd)
+    return dq, dk, dv
+
+
+def _by_tokens(like: Tensor) -> Tensor:
+    """An empty (1, heads, T, D) whose memory is (T, heads, D), as the projections before it have it."""
+    _, heads, num_tokens, width = like.shape
+    return like.new_empty(1, num_tokens, heads, width).transpose(1, 2)
 
 
 def _folded(heads: Tensor, groups: int) -> Tensor:

@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loratune.adapter.dropout import Noise, Span
+from loratune.adapter.dropout import Noise, Span, zero_
 from loratune.adapter.wrapper import Adapted, unwrapped
 from loratune.data.encode import Document
 from loratune.data.pack import length_groups, micro_batches
 from loratune.errors import ConfigError
 from loratune.model import attention
+from loratune.model.blocks import Blocks
 from loratune.model.loss import HeadShape, label_loss, loss_memory
 
+_BLOCKS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.0, torch.float16: 0.0}
 _PROBE_LENGTHS = (5, 9, 2)
 # Packed and apart may differ by rounding only; a document that sees another moves the result by more than 1 %.
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -66,6 +68,7 @@ class CausalModel:
         self.notes: list[str] = []
         self._attention_before = getattr(model.config, "_attn_implementation", None)
         self.packs = self._probe_packing()
+        self.blocks = self._probe_blocks() if self.packs else None
         self._shape = self._probe_head()
         self._memory: Tensor | None = None
 
@@ -74,7 +77,9 @@ class CausalModel:
         return next(self.model.parameters()).device
 
     def close(self) -> None:
-        """Gives the model the attention it had before."""
+        """Gives the model the attention and the layers' forwards it had before."""
+        if self.blocks is not None:
+            self.blocks.close()
         if getattr(self.model.config, "_attn_implementation", None) != self._attention_before:
             self.model.set_attn_implementation(self._attention_before)  # type: ignore[operator]
 
@@ -162,8 +167,10 @@ class CausalModel:
         noise = head.shared.noise
         if noise is None or not (head.training and factor.dropout):
             return head.dropped(factor, h_nH)
-        keep = noise.keep(head.site, h_nH.shape[-1], factor.dropout, h_nH.device)[batch.predicting]
-        return h_nH * keep * (1 / (1 - factor.dropout))
+        width, p = h_nH.shape[-1], factor.dropout
+        kept = h_nH.new_ones(batch.num_positions, width)
+        zero_(kept, noise.dropped(head.site, width, p, h_nH.device))
+        return h_nH * kept[batch.predicting] * (1 / (1 - p))
 
     def _losses_by_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The plain way, for heads that are more than a matrix: the model's own logits of every position."""
@@ -195,6 +202,24 @@ class CausalModel:
         if not difference <= _PROBE_TOLERANCE[plain.dtype]:
             return self._refuse_packing(f"packed and apart differ by {difference:.1e}")
         return True
+
+    @torch.no_grad()
+    def _probe_blocks(self) -> Blocks | None:
+        """Lets layers of a known structure run as one function, where that gives what they give."""
+        documents = [_probe_document(self.model, length, seed) for seed, length in enumerate(_PROBE_LENGTHS)]
+        batch = self.batch(documents, range(len(documents)))
+        with attention.recording() as settings:
+            plain = self.hidden(batch)
+        blocks = Blocks(self.model, settings)
+        blocks.use()
+        try:
+            same = _relative(self.hidden(batch), plain) <= _BLOCKS_TOLERANCE[plain.dtype]
+        except RuntimeError:  # shapes that do not fit, a partial rotary embedding for one: not the structure it seemed
+            same = False
+        if same and blocks.num_used == len(blocks.found) > 0:
+            return blocks
+        blocks.close()
+        return None
 
     def _refuse_packing(self, reason: str) -> bool:
         self.model.set_attn_implementation(self._attention_before)  # type: ignore[operator]
