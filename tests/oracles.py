@@ -1,6 +1,7 @@
 """Independent computations that the adapter's tests compare with: brute-force merged weights, and small measures."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,28 @@ def double(family: str) -> PreTrainedModel:
     model = FAMILIES[family]().double()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+    return model
+
+
+class ExactNorm(nn.Module):
+    """A norm that computes in the type of its input; transformers' go through float32 in any model."""
+
+    def __init__(self, norm: Any, offset: float) -> None:
+        super().__init__()
+        self.weight, self.offset = norm.weight, offset
+        self.eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (self.weight + self.offset)
+
+
+def exact(family: str) -> PreTrainedModel:
+    """A family's model in float64 throughout."""
+    model = FAMILIES[family]().double()
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, ExactNorm(module, 1.0 if family.startswith("gemma") else 0.0))
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from families import FAMILIES, inputs_for
 from loratune.model import attention
+from loratune.model.prefixes import Segment
 from oracles import logits_of, relative
 
 
@@ -54,7 +55,7 @@ def test_packed_attention_equals_softmax_written_out(
     sinks = torch.randn(4, dtype=torch.float64, generator=generator) if with_sinks else None
     found, weights = attention.packed_attention(
         nn.Identity(), q, k, v, None, scaling=0.7, sliding_window=window, softcap=softcap, s_aux=sinks,
-        is_causal=causal, cu_seq_lens_q=boundaries,
+        is_causal=causal, cu_seq_lens_q=tuple(Segment(*ends) for ends in pairwise(boundaries)),
     )  # fmt: skip
     expected = written_out(q, k, v, boundaries, 0.7, causal, window, softcap, sinks)
     assert weights is None and relative(found, expected) < 1e-12

@@ -18,32 +18,10 @@ from loratune.adapter.config import LoraConfig
 from loratune.data.encode import Document
 from loratune.model import attention, blocks
 from loratune.model.causal import CausalModel
-from oracles import gradients, relative, worst
+from oracles import ExactNorm, exact, gradients, relative, worst
 
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class _Exact(nn.Module):
-    """A norm that computes in the type of its input; transformers' go through float32 in any model."""
-
-    def __init__(self, norm: Any, offset: float) -> None:
-        super().__init__()
-        self.weight, self.offset = norm.weight, offset
-        self.eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (self.weight + self.offset)
-
-
-def exact(family: str) -> PreTrainedModel:
-    """A family's model in float64 throughout."""
-    model = FAMILIES[family]().double()
-    for path, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, _Exact(module, 1.0 if family.startswith("gemma") else 0.0))
-    return model
 
 
 def adapted(model: PreTrainedModel, targets: list[str] | None = None, **settings: Any) -> Attached:
@@ -270,11 +248,11 @@ def test_closing_gives_the_layers_their_own_forward_back() -> None:
 
 
 def test_a_norm_is_known_by_what_it_computes() -> None:
-    class Scaled(_Exact):
+    class Scaled(ExactNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 1.001
 
-    norm = _Exact(nn.RMSNorm(6, eps=1e-5), 1.0)
+    norm = ExactNorm(nn.RMSNorm(6, eps=1e-5), 1.0)
     found = blocks._norm_of(norm)
     assert found is not None and found.offset == 1.0
     assert blocks._norm_of(Scaled(nn.RMSNorm(6, eps=1e-5), 1.0)) is None and blocks._norm_of(nn.LayerNorm(6)) is None

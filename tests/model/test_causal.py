@@ -20,6 +20,7 @@ from loratune.data.encode import Document
 from loratune.errors import ConfigError
 from loratune.model import attention
 from loratune.model.causal import CausalModel
+from loratune.model.prefixes import Segment
 from oracles import double, gradients, logits_of, relative, worst
 
 # Their attention is their own code, or (StableLM) drops the keywords on the way down: one document a row.
@@ -89,10 +90,9 @@ def step_gradients(causal: CausalModel, attached: Attached, cuts: Sequence[Seque
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_gradient_is_the_same_for_every_micro_batch_size(family: str) -> None:
     causal, attached = trained(family)
-    lengths = [each.num_tokens for each in _DOCUMENTS]
     expected = step_gradients(causal, attached, [[i] for i in range(24)])
     for max_tokens in (24, 60, 10_000):
-        found = step_gradients(causal, attached, causal.cut(lengths, max_tokens))
+        found = step_gradients(causal, attached, causal.cut(_DOCUMENTS, max_tokens))
         assert worst(found, expected) < (1e-6 if family in _FLOAT32_INSIDE else 1e-12), max_tokens
 
 
@@ -143,7 +143,7 @@ def test_tokens_after_the_last_label_are_left_out() -> None:
     trained_at[[4, 6]] = True
     batch = causal.batch([Document(ids, trained_at), document(1, 4)], [0, 1])
     assert batch.inputs["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8, *document(1, 4).input_ids[:3]]]
-    assert batch.inputs[attention.BOUNDARIES] == (0, 6, 9)
+    assert batch.inputs[attention.SEGMENTS] == (Segment(0, 6), Segment(6, 9))
     assert batch.predicting.tolist() == [3, 5, 6, 7, 8] and batch.labels.tolist()[:2] == [7, 9]
     assert batch.owners.tolist() == [0, 0, 1, 1, 1]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2]]
@@ -173,8 +173,8 @@ def _no_keywords(model: PreTrainedModel) -> None:
     forward = model.model.forward
 
     def narrow(*args: object, **kwargs: object) -> object:
-        if attention.BOUNDARIES in kwargs:
-            raise TypeError(f"unexpected keyword argument {attention.BOUNDARIES}")
+        if attention.SEGMENTS in kwargs:
+            raise TypeError(f"unexpected keyword argument {attention.SEGMENTS}")
         return forward(*args, **kwargs)
 
     model.model.forward = narrow
@@ -184,7 +184,7 @@ def _leaks(model: PreTrainedModel) -> None:
     """A trunk whose documents see each other: the boundaries are lost on the way."""
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: forward(
-        *args, **{name: value for name, value in kwargs.items() if name != attention.BOUNDARIES}
+        *args, **{name: value for name, value in kwargs.items() if name != attention.SEGMENTS}
     )
 
 

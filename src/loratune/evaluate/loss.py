@@ -46,7 +46,7 @@ def evaluate(causal: CausalModel, documents: Sequence[Document], max_tokens: int
     interval needs them.
     """
     sums = torch.zeros(len(documents), dtype=torch.float64)
-    for pack in causal.cut([document.num_tokens for document in documents], max_tokens):
+    for pack in causal.cut(documents, max_tokens):
         batch = causal.batch([documents[i] for i in pack], pack)
         _, losses = causal.losses(batch)
         sums.index_add_(0, torch.tensor(pack)[batch.owners.cpu()], losses.double().cpu())

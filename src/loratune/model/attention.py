@@ -1,6 +1,6 @@
 """Attention for packed documents: each attends to itself alone, and its cost is that of the document, not of the pack.
 
-Registered with transformers under one name. In a packed row the model passes our boundaries through as a keyword; any
+Registered with transformers under one name. In a packed row the model passes our segments through as a keyword; any
 other call (padded batches, generation with a cache) goes to transformers' own attention.
 
 Shapes: T tokens, Q query heads, K key-value heads, D head size; q (1, Q, T, D), k and v (1, K, T, D).
@@ -10,7 +10,6 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,11 +21,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loratune.model.prefixes import Segment
+
+Segments = tuple[Segment, ...]
 NAME = "loratune_packed"  # transformers takes a name with "flash" in it for a kernel of its hub
 SHORT_TOKENS = 256  # up to here keeping P (L x L a head) is cheaper than recomputing it
-BOUNDARIES = "cu_seq_lens_q"  # a keyword that every family with the attention interface hands down
+SEGMENTS = "cu_seq_lens_q"  # a keyword that every family with the attention interface hands down
 
-# Only the building of masks looks at this; the boundaries themselves travel as a keyword, so that a backward pass in
+# Only the building of masks looks at this; the segments themselves travel as a keyword, so that a backward pass in
 # another thread or a recomputed layer sees them.
 _packed: ContextVar[bool] = ContextVar("loratune_packed", default=False)
 
@@ -109,9 +111,9 @@ def packed_attention(
     asked = Settings(scale, causal, sliding_window, softcap, s_aux, dropout)
     if (calls := _recorded.get()) is not None:
         calls[module] = asked
-    boundaries: tuple[int, ...] | None = kwargs.get(BOUNDARIES)
-    if boundaries is not None:
-        return packed(q, k, v, boundaries, asked), None
+    segments: Segments | None = kwargs.get(SEGMENTS)
+    if segments is not None:
+        return packed(q, k, v, segments, asked), None
     if not asked.is_special:
         return sdpa_attention_forward(
             module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -120,34 +122,34 @@ def packed_attention(
     return _explicit(q, k, v, mask, scale, softcap, s_aux, dropout).transpose(1, 2).contiguous(), None
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], asked: Settings) -> Tensor:
-    """Returns the attention of each document of a packed row to itself, (1, T, Q, D), differentiable."""
-    if is_short(q, v, boundaries, asked):
-        return _ShortDocuments.apply(q, k, v, boundaries, asked.scale, asked.causal, asked.window)  # type: ignore[return-value]
+def packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, asked: Settings) -> Tensor:
+    """Returns the attention of each segment of a packed row to itself and to what it goes on from, (1, T, Q, D)."""
+    if is_short(q, v, segments, asked):
+        return _ShortDocuments.apply(q, k, v, segments, asked.scale, asked.causal, asked.window)  # type: ignore[return-value]
     pieces: list[Tensor] = []
-    for start, end in pairwise(boundaries):
-        part = slice(start, end)
-        length = end - start
-        window = asked.window if asked.window is not None and asked.window < length else None
-        qd, kd, vd = q[:, :, part], k[:, :, part], v[:, :, part]
+    for segment in segments:
+        length, reach = segment.end - segment.start, segment.end - segment.start + segment.from_end - segment.from_start
+        window = asked.window if asked.window is not None and asked.window < reach else None
+        qd = q[:, :, segment.start : segment.end]
+        kd, vd = (_seen(each[0], segment)[None] for each in (k, v))
         if asked.is_special:
-            mask = _window(length, length, asked.causal, window, q.device)
+            mask = _window(length, reach, asked.causal, window, q.device)
             pieces.append(_explicit(qd, kd, vd, mask, asked.scale, asked.softcap, asked.sinks, asked.dropout))
             continue
-        mask = None if window is None else _window(length, length, asked.causal, window, q.device)
+        plain = window is None and length == reach
+        mask = None if plain else _window(length, reach, asked.causal, window, q.device)
         pieces.append(
             F.scaled_dot_product_attention(
-                qd, kd, vd, mask, asked.dropout, is_causal=asked.causal and mask is None, scale=asked.scale,
-                enable_gqa=True,
+                qd, kd, vd, mask, asked.dropout, is_causal=asked.causal and plain, scale=asked.scale, enable_gqa=True
             )
-        )  # fmt: skip
+        )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 
-def is_short(q: Tensor, v: Tensor, boundaries: tuple[int, ...], asked: Settings) -> bool:
+def is_short(q: Tensor, v: Tensor, segments: Segments, asked: Settings) -> bool:
     """Whether to write attention out: on a CPU, in full precision, where no document is long."""
     plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[-1] == v.shape[-1]
-    longest = max(end - start for start, end in pairwise(boundaries))
+    longest = max(each.end - each.start + each.from_end - each.from_start for each in segments)
     return plain and longest <= SHORT_TOKENS and not asked.is_special and asked.dropout == 0
 
 
@@ -156,23 +158,23 @@ class _ShortDocuments(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], scale: float, causal: bool,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool,
         window: int | None,
     ) -> Tensor:  # fmt: skip
-        output, kept = short_documents(q, k, v, boundaries, scale, causal, window)
+        output, kept = short_documents(q, k, v, segments, scale, causal, window)
         ctx.save_for_backward(q, k, v, output, *kept)
-        ctx.boundaries, ctx.scale = boundaries, scale
+        ctx.segments, ctx.scale = segments, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, k, v, output, *kept = ctx.saved_tensors
-        return *short_documents_backward(q, k, v, output, kept, ctx.boundaries, ctx.scale, g), None, None, None, None
+        return *short_documents_backward(q, k, v, output, kept, ctx.segments, ctx.scale, g), None, None, None, None
 
 
 def short_documents(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], scale: float, causal: bool, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool, window: int | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns (O (1, T, Q, D), P of each document): P = softmax(scale q k^T), O = P v, a batched product each.
 
@@ -182,12 +184,14 @@ def short_documents(
     num_tokens, num_heads, width = q.shape[2], q.shape[1], q.shape[3]
     output = q.new_empty(1, num_tokens, num_heads, width)
     kept: list[Tensor] = []
-    for start, end in pairwise(boundaries):
-        qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
+    for segment in segments:
+        start, end = segment.start, segment.end
+        qd = _folded(q[0, :, start:end], k.shape[1])
+        kd, vd = _seen(k[0], segment), _seen(v[0], segment)
         scores = torch.bmm(qd, kd.transpose(1, 2)).mul_(scale)
-        mask = _window(end - start, end - start, causal, window, q.device)
+        mask = _window(end - start, kd.shape[1], causal, window, q.device)
         if mask is not None:
-            scores.view(k.shape[1], -1, end - start, end - start).masked_fill_(~mask, float("-inf"))
+            scores.view(k.shape[1], -1, *mask.shape).masked_fill_(~mask, float("-inf"))
         weights = scores.softmax(-1)
         kept.append(weights)
         output[0, start:end] = _unfolded(torch.bmm(weights, vd), num_heads).transpose(0, 1)
@@ -195,7 +199,7 @@ def short_documents(
 
 
 def short_documents_backward(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, kept: Sequence[Tensor], boundaries: tuple[int, ...], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, kept: Sequence[Tensor], segments: Segments, scale: float,
     g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (dq, dk, dv), shaped as q, k and v and laid out token by token. With S the scores and g = dO:
@@ -203,14 +207,40 @@ def short_documents_backward(
     dv = P^T g;  dS = P * (g v^T - rowsum(g * O));  dq = scale dS k;  dk = scale dS^T q.
     """
     dq, dk, dv = (_by_tokens(each) for each in (q, k, v))
-    for weights, (start, end) in zip(kept, pairwise(boundaries), strict=True):
-        qd, kd, vd = (_folded(each[0, :, start:end], k.shape[1]) for each in (q, k, v))
-        gd, od = (_folded(each[0, start:end].transpose(0, 1), k.shape[1]) for each in (g, output))
-        dv[0, :, start:end] = torch.bmm(weights.transpose(1, 2), gd)
+    shared = any(segment.from_start < segment.from_end for segment in segments)
+    if shared:  # what several go on from gets a gradient from each
+        dk.zero_()
+        dv.zero_()
+    for weights, segment in zip(kept, segments, strict=True):
+        start, end = segment.start, segment.end
+        qd, gd, od = (
+            _folded(each, k.shape[1])
+            for each in (q[0, :, start:end], g[0, start:end].transpose(0, 1), output[0, start:end].transpose(0, 1))
+        )
+        kd, vd = _seen(k[0], segment), _seen(v[0], segment)
         ds = torch.bmm(gd, vd.transpose(1, 2)).sub_((gd * od).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
         dq[0, :, start:end] = _unfolded(torch.bmm(ds, kd), q.shape[1])
-        dk[0, :, start:end] = torch.bmm(ds.transpose(1, 2), qd)
+        _give_back(dk[0], torch.bmm(ds.transpose(1, 2), qd), segment, shared)
+        _give_back(dv[0], torch.bmm(weights.transpose(1, 2), gd), segment, shared)
     return dq, dk, dv
+
+
+def _seen(heads: Tensor, segment: Segment) -> Tensor:
+    """Returns the keys or values (K, T, D) that a segment looks at: what it goes on from, then its own."""
+    own = heads[:, segment.start : segment.end]
+    if segment.from_start == segment.from_end:
+        return own
+    return torch.cat([heads[:, segment.from_start : segment.from_end], own], dim=1)
+
+
+def _give_back(total: Tensor, gradient: Tensor, segment: Segment, shared: bool) -> None:
+    """Puts the gradient of what `_seen` returned where it came from; adds it up where segments share."""
+    if not shared:
+        total[:, segment.start : segment.end] = gradient
+        return
+    num_before = segment.from_end - segment.from_start
+    total[:, segment.from_start : segment.from_end] += gradient[:, :num_before]
+    total[:, segment.start : segment.end] += gradient[:, num_before:]
 
 
 def _by_tokens(like: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from loratune.adapter.fused import Linear
 from loratune.adapter.wrapper import is_watched, linear_of, trains
 from loratune.model.attention import (
-    BOUNDARIES,
+    SEGMENTS,
+    Segments,
     Settings,
     is_short,
     packed,
@@ -117,7 +118,7 @@ class Plan(NamedTuple):
     block: Block
     linears: tuple[Linear, ...]
     rotary: Rotary
-    boundaries: tuple[int, ...]
+    segments: Segments
     recompute: bool
 
 
@@ -211,12 +212,12 @@ def _attend(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     """
     asked = plan.block.settings
     heads = _heads(plan, q, k, v)
-    if is_short(heads[0], heads[2], plan.boundaries, asked):
-        context, weights = short_documents(*heads, plan.boundaries, asked.scale, asked.causal, asked.window)
+    if is_short(heads[0], heads[2], plan.segments, asked):
+        context, weights = short_documents(*heads, plan.segments, asked.scale, asked.causal, asked.window)
         return context.view(len(q), -1), weights
     with torch.set_grad_enabled(any(ctx.needs_input_grad)):
         q, k, v = (head.detach().requires_grad_() for head in heads)
-        context = packed(q, k, v, plan.boundaries, asked)
+        context = packed(q, k, v, plan.segments, asked)
     ctx.attention = (context, (q, k, v))
     return context.detach().flatten(2)[0], []
 
@@ -296,7 +297,7 @@ def _backward_heads(
         heads = _heads(plan, kept.q, kept.k, kept.v)
         shape = (1, num_tokens, q.shape[1], q.shape[2])
         gradients = short_documents_backward(
-            *heads, kept.context.view(shape), weights, plan.boundaries, block.settings.scale, dcontext.view(shape)
+            *heads, kept.context.view(shape), weights, plan.segments, block.settings.scale, dcontext.view(shape)
         )
     dq, dk, dv = (each[0].transpose(0, 1) for each in gradients)
     dq, dk = plan.rotary.backward(dq), plan.rotary.backward(dk)
@@ -345,8 +346,8 @@ class Blocks:
 
 def _plan(block: Block, x: Tensor, kwargs: dict[str, Any], recompute: bool) -> Plan | None:
     """Returns how to compute a call as one function, or None where it is not one that a block is made for."""
-    boundaries, positions = kwargs.get(BOUNDARIES), kwargs.get("position_embeddings")
-    if boundaries is None or positions is None or kwargs.get("past_key_values") is not None:
+    segments, positions = kwargs.get(SEGMENTS), kwargs.get("position_embeddings")
+    if segments is None or positions is None or kwargs.get("past_key_values") is not None:
         return None
     if x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64) or block.layer.training:
         return None
@@ -360,7 +361,7 @@ def _plan(block: Block, x: Tensor, kwargs: dict[str, Any], recompute: bool) -> P
     if any(linear is None for linear in linears):
         return None
     cos, sin = (each[0][:, None] for each in positions)
-    return Plan(block, linears, Rotary(cos, sin), boundaries, recompute)  # type: ignore[arg-type]
+    return Plan(block, linears, Rotary(cos, sin), segments, recompute)  # type: ignore[arg-type]
 
 
 def _has_its_norms(block: Block) -> bool:

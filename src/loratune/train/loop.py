@@ -81,7 +81,7 @@ def train_step(run: Run) -> dict[str, Any]:
     documents = [run.train.documents[row] for row in rows]
     num_labels = sum(document.num_labels for document in documents)
     loss = 0.0
-    for pack in run.causal.cut([document.num_tokens for document in documents], run.config.micro_batch_tokens):
+    for pack in run.causal.cut(documents, run.config.micro_batch_tokens):
         batch = run.causal.batch([documents[i] for i in pack], keys=[rows[i] for i in pack])
         run.attached.shared.noise = batch.noise(run.config.seed, run.step)
         total, _ = run.causal.losses(batch)
