@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-full check bench clean
+.PHONY: demo test test-full check bench bench-peers clean
 
 # torch first and by its exact version: an unpinned torch can bring several GB of CUDA libraries.
 $(VENV)/.base: constraints.txt pyproject.toml
@@ -38,6 +38,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py --only "$(ONLY)" --repeats $(or $(REPEATS),3)
+
+# TRL, for the benchmark, in an environment of its own
+bench-peers:
+	$(PYTHON) -m venv bench/.venv-trl
+	bench/.venv-trl/bin/pip install -q torch==2.13.0
+	bench/.venv-trl/bin/pip install -q -c constraints.txt -e '.[demo]' peft trl==1.16.0
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -10,6 +10,7 @@ benchmark goes on where it stopped. Times are of this machine on that day; the r
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,23 +20,64 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+# TRL needs other packages than we do: it runs in an environment of its own (make bench-peers).
+PEERS = {"trl": Path(os.environ.get("BENCH_TRL", HERE / ".venv-trl" / "bin" / "python"))}
 MIN_IDLE, WINDOW_SECONDS, PATIENCE_SECONDS = 0.95, 3.0, 600
+
+HALF = ["--documents", "32"]
+FAST = ["--preset", "fast", "--dropout", "0.05", *HALF]
+
+
+def _train(side: str, micro: int, *more: str) -> list[str]:
+    return ["train.py", side, "--micro", str(micro), *more]
+
 
 SUITES: dict[str, list[list[str]]] = {
     "attach": [["attach.py", side, str(count)] for count in (1, 10, 100) for side in ("ours", "peft")]
     + [["attach.py", "ours", "1000"]],
     "train": [
-        ["train.py", "ours", "--micro", "8"],
-        ["train.py", "peft", "--micro", "8"],
-        ["train.py", "peft", "--micro", "4", "--grouped"],
-        ["train.py", "peft", "--micro", "2", "--grouped"],
+        _train("ours", 8, *HALF),
+        _train("peft", 8, *HALF),  # as users run it
+        _train("peft", 2, "--grouped", *HALF),  # its best of the sweep
+        _train("trl", 2, "--grouped", *HALF),
     ],
-    "train-fast": [
-        ["train.py", "ours", "--micro", "8", "--preset", "fast", "--dropout", "0.05"],
-        ["train.py", "peft", "--micro", "8", "--preset", "fast", "--dropout", "0.05"],
-        ["train.py", "peft", "--micro", "2", "--grouped", "--preset", "fast", "--dropout", "0.05"],
+    "sweep": [
+        *(_train("ours", micro, *HALF) for micro in (1, 2, 4, 16)),
+        _train("ours", 8, "--recompute", *HALF),
+        *(_train("peft", micro, "--grouped", *HALF) for micro in (1, 4, 8)),
+        _train("trl", 8, "--checkpointing", *HALF),  # TRL's defaults, but in float32
+        _train("trl", 4, "--grouped", *HALF),
+        _train("trl", 1, "--packing", *HALF),
     ],
-}
+    "fast": [
+        _train("ours", 8, *FAST),
+        _train("ours", 8, "--preset", "fast", *HALF),  # without dropout: what it costs
+        _train("peft", 8, *FAST),
+        _train("peft", 2, "--grouped", *FAST),
+    ],
+    "shapes": [
+        *(
+            _train(side, micro, *more, "--shape", shape, *HALF)
+            for shape in ("long", "prefix40", "prefix70", "full")
+            for side, micro, more in (("ours", 8, ()), ("peft", 2, ("--grouped",)))
+        ),
+        *(_train("ours", 8, "--off", "sharing", "--shape", shape, *HALF) for shape in ("prefix40", "prefix70")),
+    ],
+    "llama": [
+        _train("ours", 8, "--model", "llama", "--documents", "16"),
+        _train("peft", 2, "--grouped", "--model", "llama", "--documents", "16"),
+        _train("peft", 4, "--grouped", "--model", "llama", "--documents", "16"),
+    ],
+    "ablation": [
+        _train("ours", 8, *HALF),
+        *(_train("ours", 8, "--off", name, *HALF)
+          for name in ("blocks", "short-attention", "wide-head-blocks", "label-loss", "packing")),
+    ],
+    "steps": [  # the loss after 50 steps
+        _train(side, 8, "--shape", "tiny", "--documents", "16", "--steps", "50") for side in ("ours", "peft")
+    ],
+    "evaluate": [["evaluate.py"]],
+}  # fmt: skip
 
 
 def idle_share(seconds: float) -> float:
@@ -86,7 +128,8 @@ def machine() -> dict:
 
 def run(command: list[str]) -> dict:
     wait_until_idle()
-    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, check=False)
+    python = PEERS.get(command[1], sys.executable) if len(command) > 1 else sys.executable
+    done = subprocess.run([str(python), *command], cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -97,6 +140,9 @@ def suite(name: str, repeats: int) -> None:
     stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": {}}
     for repeat in range(repeats):
         for command in SUITES[name]:
+            if len(command) > 1 and not PEERS.get(command[1], HERE).exists():
+                print(f"{name}: {' '.join(command)}: left out, {PEERS[command[1]]} is missing (make bench-peers)")
+                continue
             runs = stored["runs"].setdefault(" ".join(command), [])
             if len(runs) > repeat:
                 continue
@@ -108,14 +154,16 @@ def suite(name: str, repeats: int) -> None:
 
 
 def short(result: dict) -> str:
-    keys = ("tokens_per_second", "peak_bytes", "first_attach", "last_attach", "switch")
+    keys = ("tokens_per_second", "of_floor", "peak_above_model_bytes", "first_attach", "last_attach", "switch")
     return "  ".join(f"{key} {result[key]:.6g}" for key in keys if key in result)
 
 
 def table(name: str, stored: dict) -> str:
     """Returns the medians and spreads of a suite as a Markdown table, with the machine's description."""
     numbers = [key for key, value in next(iter(stored["runs"].values()))[0].items() if isinstance(value, float)]
-    numbers += [key for key in ("peak_bytes", "baseline_bytes") if key in next(iter(stored["runs"].values()))[0]]
+    numbers += [
+        key for key in ("peak_bytes", "peak_above_model_bytes") if key in next(iter(stored["runs"].values()))[0]
+    ]
     rows = ["| command | " + " | ".join(numbers) + " |", "|---" * (len(numbers) + 1) + "|"]
     for command, runs in stored["runs"].items():
         cells = []

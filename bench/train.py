@@ -131,12 +131,23 @@ def _no_label_loss(run) -> None:
     run.causal._shape = None
 
 
+def _no_sharing(run) -> None:
+    run.causal.shares = False
+
+
+def _no_packing(run) -> None:
+    run.causal.blocks.close()
+    run.causal.packs = run.causal.shares = False
+
+
 # The ablation ladder: what each technique brings, by leaving it out.
 OFF = {
     "blocks": _no_blocks,
     "short-attention": _no_short_attention,
     "wide-head-blocks": _thin_head_rows,
     "label-loss": _no_label_loss,
+    "sharing": _no_sharing,
+    "packing": _no_packing,
 }
 
 

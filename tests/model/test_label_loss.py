@@ -70,17 +70,24 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 
 @given(
     case=st.sampled_from(sorted(_CASES)), rows=st.integers(1, 40), block=st.sampled_from([1, 3, 16, 256]),
-    seed=st.integers(0, 9), with_memory=st.booleans(),
+    chunk=st.sampled_from([1, 2, 3, 7, 100]), learns=st.booleans(), seed=st.integers(0, 9), with_memory=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_values_and_gradients_equal_torch_for_any_number_of_rows_and_blocks(
-    case: str, rows: int, block: int, seed: int, with_memory: bool
+def test_values_and_gradients_equal_torch_for_any_number_of_rows_blocks_and_chunks(
+    case: str, rows: int, block: int, chunk: int, learns: bool, seed: int, with_memory: bool
 ) -> None:
+    """With a head that learns, and with one that is frozen, whose vocabulary is taken in chunks."""
     inputs, shape = inputs_of(_CASES[case], rows, seed=seed), _CASES[case].shape
+    if not learns:
+        for head in (inputs[2], inputs[3], inputs[5]):
+            if head is not None:
+                head.requires_grad_(False)
     leaves = [x for x in inputs if x is not None and x.requires_grad]
     memory = loss_memory(inputs[2].detach()) if with_memory else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "BLOCK_ROWS", block)
+        patch.setattr(loss, "WHOLE_ROWS", block)
+        patch.setattr(loss, "CHUNK", chunk)
         total, each = label_loss(*inputs, shape, memory)
         found = torch.autograd.grad(total, leaves)
     expected = plain(inputs, shape)
@@ -106,8 +113,10 @@ def test_without_grad_it_is_the_value_alone() -> None:
     assert not total.requires_grad and float(total) == pytest.approx(float(plain(inputs, shape).sum()), rel=1e-13)
 
 
-def test_extreme_logits_stay_finite_and_right() -> None:
-    """exp of a logit of 1000 overflows; the largest is taken off first."""
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_extreme_logits_stay_finite_and_right(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp of a logit of 1000 overflows; the largest is taken off first, also where it turns up late."""
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     h = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     W = torch.tensor([[1.0], [0.0], [-1.0]])
     total, each = label_loss(h, torch.tensor([2, 2]), W)

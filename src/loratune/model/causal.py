@@ -177,7 +177,7 @@ class CausalModel:
             shape = HeadShape(shape.logit_scale, shape.softcap, factor.scale)
         elif isinstance(head, Adapted) and len(head.active):
             raise ConfigError(f"{len(head.active)} adapters are active on the head; the loss takes one at a time.")
-        if self._memory is None:
+        if self._memory is None and (z_nR is not None or frozen.weight.requires_grad):
             self._memory = loss_memory(frozen.weight)
         bias = getattr(frozen, "bias", None)
         return label_loss(h_nH, batch.labels, frozen.weight, bias, z_nR, up, shape, self._memory)

@@ -1,14 +1,17 @@
-"""The loss of a frozen head, on label rows only, with the gradient formed in the forward pass.
+"""The loss of a head, on label rows only, with the gradient formed in the forward pass and no logits kept.
 
-Logits never exist for prompt positions, and for label positions only a block of them at a time, transposed (V, n) in a
-buffer that is reused: on a CPU both products then run at full speed (measured 132 against 102 GFLOP/s).
+Logits exist for a chunk of the vocabulary at a time, transposed (C, n): their exponentials are summed and multiplied
+into the gradient at once, and what was summed before is scaled where a larger logit turns up (as in flash attention,
+Dao et al. 2022). Only where the head itself learns, whose gradient needs the final sums, does a block of (V, n) exist.
+On a CPU both products run at full speed in this layout (measured 132 against 102 GFLOP/s).
 
-Shapes: n label rows, H hidden, V vocabulary, R rank of the head's own adapter (z_nR is its rank-sized activation).
+Shapes: n label rows, H hidden, V vocabulary, C a chunk of it, R rank of the head's own adapter (z_nR is its rank-sized
+activation).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BLOCK_ROWS = 320  # 16-row blocks run at half the speed; beyond 320 there is nothing more to gain
+CHUNK = 2048  # of the vocabulary: the exponentials of 320 rows stay in the cache
+BLOCK_ROWS = 1024  # rows at a time; with more, a chunk of their logits leaves the cache
+WHOLE_ROWS = 320  # rows at a time where the whole vocabulary's logits are needed; beyond, there is nothing to gain
 EVEN_ROWS = 16  # a block of 153 rows runs at 97 GFLOP/s, of 160 at 159: rows are filled up to a multiple of this
 
 
@@ -41,15 +46,19 @@ class _LabelLoss(Function):
         labels_n: Tensor, shape: HeadShape, memory: Tensor | None, with_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         needs = ctx.needs_input_grad if with_grad else (False,) * 5
-        inputs = (h_nH, W_VH, bias_V, z_nR, B_VR)
-        grads = [torch.zeros_like(x) if x is not None and need else None for x, need in zip(inputs, needs)]
-        losses_n = torch.empty(len(h_nH), dtype=_wide(h_nH.dtype), device=h_nH.device)
+        head = _Head(W_VH, bias_V, B_VR, shape)
+        given = (h_nH, W_VH, bias_V, z_nR, B_VR)
+        grads = _Gradients(*(None if x is None or not need else torch.zeros_like(x) for x, need in zip(given, needs)))
+        whole = grads.of_head or W_VH.device.type != "cpu"
+        chunk, most = (len(W_VH), WHOLE_ROWS) if whole else (min(CHUNK, len(W_VH)), BLOCK_ROWS)
         # Blocks of even size: ceil(n / k) rows each, so that the last one is not thin.
-        size = _filled_up(math.ceil(len(h_nH) / max(1, math.ceil(len(h_nH) / BLOCK_ROWS))))
-        buffer = _buffer(memory, W_VH, size)
+        size = _filled_up(math.ceil(len(h_nH) / max(1, math.ceil(len(h_nH) / most))))
+        buffer = _buffer(memory, W_VH, chunk * size)
+        losses_n = torch.empty(len(h_nH), dtype=_wide(h_nH.dtype), device=h_nH.device)
         for start in range(0, len(h_nH), size):
             rows = slice(start, min(start + size, len(h_nH)))
-            losses_n[rows] = _block(inputs, grads, labels_n[rows], rows, shape, buffer)
+            losses_n[rows] = _block(h_nH[rows], None if z_nR is None else z_nR[rows], labels_n[rows], rows, head,
+                                    grads, buffer, chunk)  # fmt: skip
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(losses_n)
         return losses_n.sum(), losses_n
@@ -60,19 +69,74 @@ class _LabelLoss(Function):
         return (*(None if grad is None else grad * g.to(grad.dtype) for grad in ctx.saved_tensors), *(None,) * 4)
 
 
+class _Head(NamedTuple):
+    """What turns a hidden state into logits."""
+
+    W_VH: Tensor
+    bias_V: Tensor | None
+    B_VR: Tensor | None
+    shape: HeadShape
+
+    def logits(self, part: slice, h: Tensor, z: Tensor | None, buffer: Tensor) -> Tensor:
+        """Returns those of a chunk of the vocabulary, (C, n), in at least float32. h and z carry their scales."""
+        W = self.W_VH[part]
+        l_Cn = torch.mm(W, h.to(W.dtype).T, out=buffer[: len(W) * len(h)].view(len(W), len(h)))
+        if z is not None and self.B_VR is not None:
+            l_Cn.addmm_(self.B_VR[part].to(l_Cn.dtype), z.to(l_Cn.dtype).T)
+        if self.bias_V is not None:
+            l_Cn.add_(self.bias_V[part, None], alpha=self.shape.logit_scale)
+        l_Cn = l_Cn.to(_wide(l_Cn.dtype))
+        cap = self.shape.softcap
+        return l_Cn if cap is None else l_Cn.div_(cap).tanh_().mul_(cap)
+
+
+class _Gradients(NamedTuple):
+    """The gradient of each input that needs one; those of the head itself have the vocabulary's size."""
+
+    h_nH: Tensor | None
+    W_VH: Tensor | None
+    bias_V: Tensor | None
+    z_nR: Tensor | None
+    B_VR: Tensor | None
+
+    @property
+    def of_head(self) -> bool:
+        return any(each is not None for each in (self.W_VH, self.bias_V, self.B_VR))
+
+
+class _Product:
+    """The gradient of a block of h (or z): e^T W (or B) summed chunk by chunk, then divided, less the label's row."""
+
+    def __init__(self, rows: Tensor, right: Tensor) -> None:
+        self.right = right
+        self.total = torch.zeros(rows.shape, dtype=_wide(right.dtype), device=rows.device)
+
+    def add(self, part: slice, e_Cn: Tensor, shrink_n: Tensor) -> None:
+        right = self.right[part].to(e_Cn.dtype)
+        self.total.mul_(shrink_n[:, None])
+        if self.total.dtype == e_Cn.dtype:
+            self.total.addmm_(e_Cn.T, right)
+        else:
+            self.total.add_(e_Cn.T @ right)
+
+    def finish(self, labels: Tensor, inverse_n: Tensor, at_label_n: Tensor) -> Tensor:
+        return self.total.mul_(inverse_n[:, None]).sub_(self.right[labels] * at_label_n[:, None])
+
+
 def _filled_up(rows: int) -> int:
     return max(1, math.ceil(rows / EVEN_ROWS)) * EVEN_ROWS
 
 
-def _buffer(memory: Tensor | None, W_VH: Tensor, size: int) -> Tensor:
-    numel = W_VH.shape[0] * size
-    memory = torch.empty(numel, dtype=W_VH.dtype, device=W_VH.device) if memory is None else memory
-    return memory[:numel].view(W_VH.shape[0], size)
+def _buffer(memory: Tensor | None, W_VH: Tensor, numel: int) -> Tensor:
+    if memory is None or len(memory) < numel:
+        memory = torch.empty(numel, dtype=W_VH.dtype, device=W_VH.device)
+    return memory[:numel]
 
 
 def loss_memory(W_VH: Tensor) -> Tensor:
-    """Returns the memory a block of logits needs, to be kept for a run: fresh pages cost more than they look."""
-    return torch.empty(W_VH.shape[0] * BLOCK_ROWS, dtype=W_VH.dtype, device=W_VH.device)
+    """Returns the memory that a learning head's block of logits needs, to be kept for a run: fresh pages cost more than
+    they look."""
+    return torch.empty(W_VH.shape[0] * WHOLE_ROWS, dtype=W_VH.dtype, device=W_VH.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -80,82 +144,63 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _block(
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    grads: list[Tensor | None],
-    labels: Tensor,
-    rows: slice,
-    shape: HeadShape,
-    buffer: Tensor,
+    h: Tensor, z: Tensor | None, labels: Tensor, rows: slice, head: _Head, grads: _Gradients, buffer: Tensor, chunk: int
 ) -> Tensor:
-    """Returns the losses of one block of rows and adds its share to the gradients.
+    """Returns the losses of one block of rows and adds its share to the gradients, chunk by chunk of the vocabulary.
 
     The block is filled up with rows of zeros, whose share in every gradient is zero.
     """
-    h_nH, W_VH, bias_V, z_nR, B_VR = inputs
-    real = len(labels)
+    real, shape = len(labels), head.shape
     fill = (0, 0, 0, _filled_up(real) - real)
-    labels = F.pad(labels, fill[2:])
-    h = F.pad(h_nH[rows] * shape.logit_scale if shape.logit_scale != 1.0 else h_nH[rows], fill)
-    l_Vn = torch.mm(W_VH, h.to(W_VH.dtype).T, out=buffer) if len(h) == buffer.shape[1] else W_VH @ h.to(W_VH.dtype).T
-    z = None
-    if z_nR is not None and B_VR is not None:
-        z = F.pad(z_nR[rows] * (shape.lora_scale * shape.logit_scale), fill)
-        l_Vn.addmm_(B_VR.to(l_Vn.dtype), z.to(l_Vn.dtype).T)
-    if bias_V is not None:
-        l_Vn.add_(bias_V[:, None], alpha=shape.logit_scale)
-    l_Vn = l_Vn.to(_wide(l_Vn.dtype))
-    if shape.softcap is not None:
-        l_Vn.div_(shape.softcap).tanh_().mul_(shape.softcap)
-    slope_Vn = None if shape.softcap is None else 1 - (l_Vn / shape.softcap).square_()
+    labels, h = F.pad(labels, fill[2:]), F.pad(h * shape.logit_scale, fill)
+    z = None if z is None else F.pad(z * (shape.lora_scale * shape.logit_scale), fill)
+    by_h = None if grads.h_nH is None else _Product(h, head.W_VH)
+    by_z = None if grads.z_nR is None or z is None or head.B_VR is None else _Product(z, head.B_VR)
+    sum_n = torch.zeros(len(h), dtype=_wide(head.W_VH.dtype), device=h.device)
+    top_n, label_n = torch.full_like(sum_n, -torch.inf), torch.zeros_like(sum_n)
+    e_Cn = sum_n  # the last chunk's exponentials, of the whole vocabulary where the head learns
+    for start in range(0, len(head.W_VH), chunk):
+        part = slice(start, min(start + chunk, len(head.W_VH)))
+        l_Cn = head.logits(part, h, z, buffer)
+        inside = (labels >= part.start) & (labels < part.stop)
+        picked = l_Cn.gather(0, (labels - part.start).clamp(0, len(l_Cn) - 1)[None])[0]
+        label_n = torch.where(inside, picked, label_n)
+        slope_Cn = None if shape.softcap is None else 1 - (l_Cn / shape.softcap).square_()
+        higher_n = torch.maximum(top_n, l_Cn.amax(0))
+        shrink_n, top_n = (top_n - higher_n).exp_(), higher_n
+        e_Cn = l_Cn.sub_(top_n).exp_()
+        sum_n = sum_n * shrink_n + e_Cn.sum(0)
+        e_Cn = (e_Cn if slope_Cn is None else e_Cn.mul_(slope_Cn)).to(head.W_VH.dtype)
+        for product in (by_h, by_z):
+            if product is not None:
+                product.add(part, e_Cn, shrink_n)
+    at_label_n = torch.ones_like(sum_n) if shape.softcap is None else 1 - (label_n / shape.softcap).square()
+    inverse_n = 1 / sum_n
+    inverse_n[real:] = at_label_n[real:] = 0  # the rows that only fill the block up
+    for grad, product, scale in ((grads.h_nH, by_h, 1.0), (grads.z_nR, by_z, shape.lora_scale)):
+        if grad is not None and product is not None:
+            found = product.finish(labels, inverse_n, at_label_n)[:real]
+            grad[rows] = (found * (scale * shape.logit_scale)).to(grad.dtype)
+    _add_of_head(grads, labels, shape, h, z, e_Cn, inverse_n, at_label_n)
+    return (sum_n.log() + top_n - label_n)[:real]
 
-    top_n = l_Vn.amax(0)
-    label_n = l_Vn.gather(0, labels[None])[0]
-    e_Vn = l_Vn.sub_(top_n).exp_()
-    sum_n = e_Vn.sum(0)
-    losses = sum_n.log() + top_n - label_n
-    if any(grad is not None for grad in grads):
-        _accumulate(inputs, grads, labels, rows, shape, h, z, e_Vn, sum_n, slope_Vn)
-    return losses[:real]
 
+def _add_of_head(
+    grads: _Gradients, labels: Tensor, shape: HeadShape, h: Tensor, z: Tensor | None, e_Vn: Tensor, inverse_n: Tensor,
+    at_label_n: Tensor,
+) -> None:  # fmt: skip
+    """Adds this block's gradients of the head itself: dl = e / sum - onehot, without dividing the large matrix or
+    writing its label rows.
 
-def _accumulate(
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    grads: list[Tensor | None],
-    labels: Tensor,
-    rows: slice,
-    shape: HeadShape,
-    h: Tensor,
-    z: Tensor | None,
-    e_Vn: Tensor,
-    sum_n: Tensor,
-    slope_Vn: Tensor | None,
-) -> None:
-    """Adds this block's gradients: dl = e / sum - onehot, without dividing the large matrix or writing its label rows.
-
-    `inverse` is 1 / sum and `at_label` the weight of the onehot's part, both folded into what multiplies the matrix.
+    `inverse_n` is 1 / sum and `at_label_n` the weight of the onehot's part; both go into what multiplies the matrix.
     """
-    _, W_VH, _, _, B_VR = inputs
-    dh_nH, dW_VH, dbias_V, dz_nR, dB_VR = grads
-    at_label = torch.ones_like(sum_n)
-    if slope_Vn is not None:
-        at_label = slope_Vn.gather(0, labels[None])[0]
-        e_Vn.mul_(slope_Vn)
-    inverse, real = 1 / sum_n, rows.stop - rows.start
-    inverse[real:] = at_label[real:] = 0  # the rows that only fill the block up
-    e_Vn = e_Vn.to(W_VH.dtype)
-    if dh_nH is not None:
-        g = (e_Vn.T @ W_VH).to(_wide(W_VH.dtype)).mul_(inverse[:, None]).sub_(W_VH[labels] * at_label[:, None])
-        dh_nH[rows] = (g[:real] * shape.logit_scale).to(dh_nH.dtype)
-    if dz_nR is not None and B_VR is not None:
-        g = (e_Vn.T @ B_VR.to(e_Vn.dtype)).mul_(inverse[:, None]).sub_(B_VR[labels] * at_label[:, None])
-        dz_nR[rows] = (g[:real] * (shape.lora_scale * shape.logit_scale)).to(dz_nR.dtype)
-    for grad, right in ((dW_VH, h), (dB_VR, z)):
+    for grad, right in ((grads.W_VH, h), (grads.B_VR, z)):
         if grad is not None and right is not None:
-            grad.add_((e_Vn @ (right * inverse[:, None]).to(e_Vn.dtype)).to(grad.dtype))
-            grad.index_add_(0, labels, (-right * at_label[:, None]).to(grad.dtype))
-    if dbias_V is not None:
-        dbias_V.add_((e_Vn @ inverse.to(e_Vn.dtype)).to(dbias_V.dtype), alpha=shape.logit_scale)
-        dbias_V.index_add_(0, labels, (-shape.logit_scale * at_label).to(dbias_V.dtype))
+            grad.add_((e_Vn @ (right * inverse_n[:, None]).to(e_Vn.dtype)).to(grad.dtype))
+            grad.index_add_(0, labels, (-right * at_label_n[:, None]).to(grad.dtype))
+    if grads.bias_V is not None:
+        grads.bias_V.add_((e_Vn @ inverse_n.to(e_Vn.dtype)).to(grads.bias_V.dtype), alpha=shape.logit_scale)
+        grads.bias_V.index_add_(0, labels, (-shape.logit_scale * at_label_n).to(grads.bias_V.dtype))
 
 
 def label_loss(
