@@ -34,7 +34,7 @@ def _train(side: str, micro: int, *more: str) -> list[str]:
 
 SUITES: dict[str, list[list[str]]] = {
     "attach": [["attach.py", side, str(count)] for count in (1, 10, 100) for side in ("ours", "peft")]
-    + [["attach.py", "ours", "1000"]],
+    + [["attach.py", "ours", "1000"], ["attach.py", "peft-extrapolated", "1000"]],
     "train": [
         _train("ours", 8, *HALF),
         _train("peft", 8, *HALF),  # as users run it

@@ -141,3 +141,16 @@ def test_one_of_two_adapters_is_not_merged() -> None:
         one.merge()
     after = state_of(model)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_trained_bias_of_b_that_a_layer_cannot_hold_is_refused_before_any_layer_is_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    weights = [layer.weight for layer in model]
+    attached = attach(model, LoraConfig(r=2, target_modules=["0", "1"], lora_dropout=0.0, lora_bias=True))
+    x = torch.randn(3, 4)
+    before = model(x)
+    with pytest.raises(AdapterError, match=r"1 has no bias.*Nothing was merged"):
+        attached.merge()
+    assert torch.equal(model(x), before)
+    attached.detach()
+    assert all(layer.weight is weight for layer, weight in zip(model, weights, strict=True))

@@ -1,5 +1,7 @@
 """The Hugging Face Trainer trains a wrapped model, whose save_pretrained writes the adapter alone; FSDP computes it."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +77,58 @@ def test_what_is_saved_after_training_is_the_adapter_alone(tmp_path: Path) -> No
         found = PeftModel.from_pretrained(llama(), tmp_path)(input_ids=ids()).logits
         assert torch.allclose(found, expected, atol=1e-6)
         assert model.generate(ids(), max_new_tokens=2, do_sample=False).shape == (3, 6)
+
+
+WITHOUT_PEFT = """
+import sys
+from importlib.machinery import PathFinder
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "peft" else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hidden
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.utils import is_peft_available
+from loratune.compat.peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from loratune.compat.trainer import AdapterCheckpoints
+assert not is_peft_available()
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    pass
+
+def model(seed):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights="orthogonal"))
+
+def train(model, **more):
+    arguments = TrainingArguments(
+        sys.argv[1], num_train_epochs=2, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="epoch",
+        eval_strategy="epoch", load_best_model_at_end=True, disable_tqdm=True, lr_scheduler_type="constant",
+    )
+    rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(8)]
+    trainer = AdapterTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train(**more)
+    return trainer
+
+one, other = model(1), model(2)
+first = train(one)
+assert first.state.best_model_checkpoint
+train(other, resume_from_checkpoint=sys.argv[1] + "/checkpoint-1")
+expected, found = get_peft_model_state_dict(one), get_peft_model_state_dict(other)
+assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in expected), "resumed otherwise"
+"""
+
+
+def test_without_peft_installed_the_trainer_s_checkpoints_hold_the_adapter_alone_and_resume(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PEFT, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = {file.name for file in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
+    assert not files & {"model.safetensors", "config.json", "pytorch_model.bin"}
 
 
 @pytest.fixture

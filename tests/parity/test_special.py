@@ -100,6 +100,27 @@ def test_multihead_attention_equals_brute_force_where_peft_adds_out_proj_twice(t
     assert close(attached.merge()(x), expected, 1e-12)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_the_biases_trained_with_multihead_attention_are_peft_s(bias, tmp_path):
+    """The parameters called `bias`: out_proj's, not in_proj_bias."""
+    config = {"r": 2, "target_modules": ["attn"], "bias": bias, "lora_dropout": 0.0}
+    theirs = peft.get_peft_model(Attention(), peft.LoraConfig(**config))
+    shaken(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    model = Attention()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    attached = loratune.load_adapter(model, tmp_path / "theirs")
+    assert set(attached.adapter.biases) == {"attn.out_proj.bias"} | ({"lin.bias"} if bias == "all" else set())
+    attached.save(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(Attention(), str(tmp_path / "ours"))
+    keys = [key for key, _ in theirs.named_parameters() if "lora_" in key or key.endswith(".bias")]
+    assert all(torch.equal(again.get_parameter(key), theirs.get_parameter(key)) for key in keys if "lin" not in key)
+    trained = attached.adapter.biases["attn.out_proj.bias"]
+    assert torch.equal(trained, theirs.base_model.model.attn.out_proj.bias) and trained.abs().sum() > 0
+    attached.detach()
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
 CONVOLUTIONS = {
     "dilated": lambda: nn.Conv2d(4, 6, 3, dilation=2),
     "circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
@@ -230,13 +251,3 @@ def test_beginnings_say_what_they_need():
         loratune.attach(FAMILIES["llama"](), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="orthogonal"))
     with pytest.raises(ConfigError, match="smaller side"):
         loratune.attach(FAMILIES["llama"](), LoraConfig(r=999, target_modules=["q_proj"], init_lora_weights="pissa"))
-
-
-def test_tying_that_is_not_done_is_refused_and_nothing_to_tie_is_said():
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    model = FAMILIES["gemma3_text"]()
-    with pytest.raises(ConfigError, match=r"model\.embed_tokens would be trained apart from lm_head"):
-        loratune.attach(model, config)
-    assert "_loratune" not in model.__dict__
-    attached = loratune.attach(model, LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True))
-    assert "ensure_weight_tying has nothing to tie" in attached.summary()

@@ -27,14 +27,17 @@ class Adapter:
     base: Fingerprint | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields every trained tensor under the name it has in the model: "<path>.A", "<path>.B", "<path>.bias" ..."""
+        """Yields every trained tensor, each once, under its (first) name in the model: "<path>.A", "<path>.bias" ..."""
         for path, factor in self.factors.items():
             for name, parameter in factor.named_parameters():
                 yield f"{path}.{name}", parameter
         yield from self.biases.items()
+        seen: set[nn.Parameter] = set()  # tied modules share theirs
         for path, module in self.saved.items():
             for name, parameter in module.named_parameters():
-                yield f"{path}.{name}", parameter
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield f"{path}.{name}", parameter
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for _, parameter in self.named_parameters())

@@ -17,9 +17,10 @@ from torch import nn
 from loratune.adapter import making, peft_format, sites
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.factor import LowRank
+from loratune.adapter.factor import LowRank, Tied
 from loratune.adapter.fingerprint import Fingerprint, fingerprint
-from loratune.adapter.sites import Site, owner_of
+from loratune.adapter.modules import put_parameter
+from loratune.adapter.sites import Site
 from loratune.adapter.summary import summarize
 from loratune.adapter.wrapper import Adapted, AdaptedWeights, Shared, Slot, parent_of
 from loratune.errors import AdapterError, ConfigError
@@ -108,14 +109,12 @@ class Attachments:
             self.originals[path] = parent._modules[last]  # with its wrapper, if it has one
             _set_module(model, path, module)
         for path, bias in adapter.biases.items():
-            owner = owner_of(model, path)
-            self.originals[path] = owner._parameters["bias"]
-            owner._parameters["bias"] = bias
+            self.originals[path] = put_parameter(model, path, bias)
 
     def _restore_originals(self, model: nn.Module) -> None:
         for path, original in self.originals.items():
             if isinstance(original, nn.Parameter):
-                owner_of(model, path)._parameters["bias"] = original
+                put_parameter(model, path, original)
             else:
                 _set_module(model, path, original)
         self.originals.clear()
@@ -228,7 +227,8 @@ class Attached:
 
     def save(self, path: str | Path) -> None:
         """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them; whole or not at all."""
-        peft_format.write(self.adapter, self.model, Path(path), replace=False)
+        with _plain(self.model, self._all):
+            peft_format.write(self.adapter, self.model, Path(path), replace=False)
 
     def rename(self, name: str) -> None:
         """Gives this adapter another name on its model; raises ConfigError or AdapterError for one that cannot be."""
@@ -243,9 +243,11 @@ class Attached:
 
         Raises AdapterError, with nothing changed, unless sites, shapes and base are the same.
         """
-        found = sites.find(self.model, self.config)
-        fitted = making.fitted_to(adapter, found)
-        sites.match(type(self.model).__name__, found, fitted, self._all.base)
+        with _plain(self.model, self._all):
+            found = sites.find(self.model, self.config)
+            fitted = making.fitted_to(adapter, found)
+            sites.match(type(self.model).__name__, found, fitted, self._all.base)
+            making.place_loose(self.model, fitted, found)
         own, values = dict(self.adapter.named_parameters()), fitted.flat()
         odd = sorted(set(own) ^ set(values)) or sorted(name for name in own if own[name].shape != values[name].shape)
         if odd:
@@ -255,7 +257,8 @@ class Attached:
         for name, parameter in own.items():
             parameter.copy_(values[name])
         for path, factor in self.adapter.factors.items():
-            factor.scale, factor.dropout = fitted.factors[path].scale, fitted.factors[path].dropout
+            if not isinstance(factor, Tied):
+                factor.scale, factor.dropout = fitted.factors[path].scale, fitted.factors[path].dropout
         self._all.adapters[self.name].config = fitted.config
 
     def detach(self) -> None:
@@ -277,7 +280,8 @@ class Attached:
 
     def summary(self) -> str:
         """Returns what is trained and what is not: sites, parameters, coverage of roles and layers, notes."""
-        return summarize(self.model, self.adapter)
+        with _plain(self.model, self._all):
+            return summarize(self.model, self.adapter)
 
 
 def attach(
@@ -296,7 +300,6 @@ def attach(
     existing = Attachments.of(model)
     check_name(existing, name)
     with _plain(model, existing):
-        sites.check_tying(model, what if isinstance(what, LoraConfig) else what.config)
         base = existing.base if existing else fingerprint(model)
         if isinstance(what, LoraConfig):
             found = sites.find(model, what)

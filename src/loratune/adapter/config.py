@@ -49,8 +49,8 @@ class LoraConfig:
     matches the whole path, "all-linear", or the name of a preset (which sets the targets only; `LoraConfig.preset`
     sets r, lora_alpha and lora_dropout too). Hu et al. 2021, arXiv 2106.09685; fields as in PEFT's LoraConfig:
     `use_dora` trains magnitudes too (arXiv 2402.09353), `lora_bias` a bias of B, `target_parameters` names parameters
-    of a module (stacked experts), `trainable_token_indices` rows of the embedding, `ensure_weight_tying` keeps a tied
-    head equal to its adapted embedding.
+    of a module (stacked experts), `trainable_token_indices` rows of the embedding, `ensure_weight_tying` trains
+    modules that share a weight as one.
     """
 
     r: int = 8

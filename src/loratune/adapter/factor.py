@@ -102,19 +102,55 @@ class TokenRows(LowRank):
         self.register_buffer("indices", indices)
 
 
-class Transposed(LowRank):
-    """The factor of a head that is tied to an adapted embedding: the same tensors, transposed, and none of its own."""
+class Tied(LowRank):
+    """The factor of a layer that shares its weight with an adapted one: the same tensors, and none of its own.
 
-    def __init__(self, source: LowRank) -> None:
+    transposed: for a head (O, I) whose embedding stores A over tokens and B over dimensions: W + s (B A)^T.
+    """
+
+    def __init__(self, source: LowRank, *, transposed: bool) -> None:
         nn.Module.__init__(self)
-        self.__dict__["source"] = source
+        self.__dict__.update(source=source, transposed=transposed)
         self.bias = self.magnitude = self.A0 = self.B0 = None  # type: ignore[assignment]
-        self.scale, self.dropout, self.groups = source.scale, source.dropout, 1
+
+    @property
+    def source(self) -> LowRank:
+        return self.__dict__["source"]
+
+    @property
+    def transposed(self) -> bool:
+        return self.__dict__["transposed"]
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        return self.source.scale
+
+    @property
+    def dropout(self) -> float:  # type: ignore[override]
+        return self.source.dropout
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        return self.source.groups
 
     @property
     def A(self) -> Tensor:  # type: ignore[override]
-        return self.__dict__["source"].B.T
+        return self.source.B.T if self.transposed else self.source.A
 
     @property
     def B(self) -> Tensor:  # type: ignore[override]
-        return self.__dict__["source"].A.T
+        return self.source.A.T if self.transposed else self.source.B
+
+    @property
+    def is_plain(self) -> bool:
+        return self.source.is_plain
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns (A, B) of the whole update: the source's, or where transposed (B^T, A^T)."""
+        A, B = self.source.pair(dtype)
+        return (B.T, A.T) if self.transposed else (A, B)
+
+    def live_delta(self) -> Tensor:
+        """The source's update, bit for bit: merged, both layers hold the same weight again."""
+        delta = self.source.live_delta()
+        return delta.T if self.transposed else delta

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from loratune.adapter import sites
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.factor import LowRank, TokenRows, Transposed
+from loratune.adapter.factor import LowRank, Tied, TokenRows
 from loratune.adapter.fingerprint import Fingerprint
 from loratune.adapter.hosts import needs_float32
 from loratune.adapter.inits import Begin, embedding, initialiser, is_subtracted, kaiming
-from loratune.adapter.sites import Site, owner_of
+from loratune.adapter.matching import within
+from loratune.adapter.modules import logical_modules, parameter_at, ties
+from loratune.adapter.sites import Site
 from loratune.adapter.variants import row_norms
 from loratune.adapter.wrapper import lookup, parent_of, unwrapped
 from loratune.errors import AdapterError
@@ -29,16 +32,17 @@ def new_adapter(
     adapter = Adapter(config, {}, base=base)
     for site in found:
         adapter.factors[site.path] = _new_factor(site, config, seed, adapter.factors)
+    copies = _Copies(model, config)
     for path in sites.bias_paths(model, config, found):
-        adapter.biases[path] = _trained_copy(owner_of(model, path)._parameters["bias"])
+        adapter.biases[path] = _trained_copy(parameter_at(model, path))
     for path in sites.saved_paths(model, config):
-        adapter.saved[path] = _trained_module(lookup(model, path))
+        adapter.saved[path] = copies.of(path)
     return adapter
 
 
 def _new_factor(site: Site, config: LoraConfig, seed: int, others: dict[str, LowRank]) -> LowRank:
     if site.tied_to is not None:
-        return Transposed(others[site.tied_to])
+        return Tied(others[site.tied_to], transposed=site.turned)
     dtype = needs_float32(site.weight)
     if site.tokens is not None:
         return TokenRows(torch.tensor(site.tokens), *site.sizes, dtype)
@@ -93,14 +97,24 @@ def _trained_copy(parameter: Tensor | None) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone())
 
 
-def _trained_module(module: nn.Module) -> nn.Module:
-    """Copies a module of the base, without the wrappers that other adapters put inside it."""
-    copied = copy.deepcopy(module)
-    for path, inner in list(copied.named_modules()):
-        if unwrapped(inner) is not inner:
-            owner, name = parent_of(copied, path)
-            owner._modules[name] = unwrapped(inner)
-    return copied.requires_grad_(True)
+class _Copies:
+    """Copies of modules of the base, to be trained: with `ensure_weight_tying` what is one tensor there stays one."""
+
+    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+        self.model = model
+        shared = ties(model) if config.ensure_weight_tying else {}
+        self.tied = {*shared, *shared.values()}
+        self.memo: dict[int, Any] = {}
+
+    def of(self, path: str) -> nn.Module:
+        """Returns a trainable copy, without the wrappers that other adapters put inside the module."""
+        is_tied = any(within(each, [path]) for each in self.tied)
+        copied = copy.deepcopy(lookup(self.model, path), self.memo if is_tied else {})
+        for path, inner in list(copied.named_modules()):
+            if unwrapped(inner) is not inner:
+                owner, name = parent_of(copied, path)
+                owner._modules[name] = unwrapped(inner)
+        return copied.requires_grad_(True)
 
 
 # ---- what a file holds ----------------------------------------------------------------------------------------------
@@ -121,12 +135,27 @@ def fitted_to(adapter: Adapter, found: Sequence[Site]) -> Adapter:
             fitted[site.path] = _token_rows(site, rows)
     for site in found:
         if site.tied_to is not None and site.tied_to in fitted:
-            fitted[site.path] = Transposed(fitted[site.tied_to])
+            fitted[site.path] = _tied(site, fitted[site.tied_to], fitted.get(site.path))
     return replace(adapter, factors=fitted, loose=loose, biases=dict(adapter.biases), saved=dict(adapter.saved))
 
 
+def _tied(site: Site, source: LowRank, stored: LowRank | None) -> Tied:
+    """Returns the factor of a tied layer; a file brings one for it too, which must be the same update."""
+    tied = Tied(source, transposed=site.turned)
+    if stored is not None and not isinstance(stored, Tied):
+        probe = torch.randn(tied.A.shape[1], dtype=tied.A.dtype, generator=torch.Generator().manual_seed(0))
+        shapes = stored.A.shape[1] == tied.A.shape[1] and stored.B.shape[0] == tied.B.shape[0]
+        if not shapes or not torch.allclose(stored.update(probe), tied.update(probe), rtol=1e-3, atol=1e-5):
+            raise AdapterError(
+                f"ensure_weight_tying: {site.path} and {site.tied_to} share a weight, but the adapter changes them "
+                'differently. To use it as it is, set "ensure_weight_tying": false and name both in target_modules in '
+                "its adapter_config.json. Nothing was attached."
+            )
+    return tied
+
+
 def _shaped(factor: LowRank, site: Site) -> LowRank:
-    if isinstance(factor, Transposed) or (tuple(factor.A.shape), tuple(factor.B.shape)) == site.shapes():
+    if (tuple(factor.A.shape), tuple(factor.B.shape)) == site.shapes():
         factor.groups = site.groups
         return factor
     return _unstacked(factor, site) if site.host.kind == "Parameter" else _grouped(factor, site)
@@ -182,12 +211,13 @@ def place_loose(model: nn.Module, adapter: Adapter, found: Sequence[Site]) -> No
     What has its place already (the adapter was attached before) keeps it. On an error the adapter is as it was.
     """
     loose, saved, biases = dict(adapter.loose), dict(adapter.saved), dict(adapter.biases)
+    copies, filled = _Copies(model, adapter.config), set[int]()
     for path in sites.saved_paths(model, adapter.config):
         if path not in saved:
-            saved[path] = _filled(lookup(model, path), path, loose)
+            saved[path] = _filled(copies.of(path), path, loose, filled)
     for path in sites.bias_paths(model, adapter.config, found):
         if path not in biases:
-            biases[path] = nn.Parameter(_taken(loose, path, owner_of(model, path)._parameters["bias"]))
+            biases[path] = nn.Parameter(_taken(loose, path, parameter_at(model, path)))
     for path in list(loose):
         _drop_unchanged(model, path, loose)
     if loose:
@@ -198,10 +228,17 @@ def place_loose(model: nn.Module, adapter: Adapter, found: Sequence[Site]) -> No
     adapter.loose, adapter.saved, adapter.biases = loose, saved, biases
 
 
-def _filled(module: nn.Module, path: str, loose: dict[str, Tensor]) -> nn.Module:
-    copied = _trained_module(module)
-    for name, tensor in copied.state_dict().items():  # buffers too: the running means of a batch norm
-        tensor.copy_(_taken(loose, f"{path}.{name}", tensor))
+def _filled(copied: nn.Module, path: str, loose: dict[str, Tensor], filled: set[int]) -> nn.Module:
+    """Gives a module the file's tensors; one that a module before it shares (`filled`) must bring the same values."""
+    for name, tensor in copied.state_dict(keep_vars=True).items():  # buffers too: the running means of a batch norm
+        value = _taken(loose, f"{path}.{name}", tensor)
+        if id(tensor) in filled and not torch.equal(tensor, value):
+            raise AdapterError(
+                f"ensure_weight_tying: {path}.{name} is one tensor with another module's, but the adapter holds other "
+                "values for it. Nothing was attached."
+            )
+        filled.add(id(tensor))
+        tensor.data.copy_(value)
     return copied
 
 
@@ -218,7 +255,7 @@ def _taken(loose: dict[str, Tensor], path: str, like: Tensor | None) -> Tensor:
 def _drop_unchanged(model: nn.Module, path: str, loose: dict[str, Tensor]) -> None:
     """PEFT also writes an adapted embedding or head in full, bias included; it must be the base's, rounding aside."""
     owner, _, name = path.rpartition(".")
-    module = dict(sites.logical_modules(model)).get(owner)
+    module = dict(logical_modules(model)).get(owner)
     base = module._parameters.get(name) if module is not None else None
     if base is None:
         return

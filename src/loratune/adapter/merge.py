@@ -1,5 +1,6 @@
 """Merging: W' = W + s B A, added in float32 and rounded once. Plan first, from names and shapes; then apply."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from loratune.adapter import sites
 from loratune.adapter.factor import LowRank
 from loratune.adapter.hosts import Host
+from loratune.adapter.modules import parameter_at, put_parameter, ties
 from loratune.adapter.variants import merged
 from loratune.errors import AdapterError
 
@@ -67,8 +69,11 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
             f"merging {attached.name!r} would drop the other attached adapters: {others}. Detach them first."
         )
     everything.activate(model, ())
-    for site in sites.find(model, adapter.config):
+    found, shared = sites.find(model, adapter.config), ties(model)
+    _check_mergeable(found, adapter.factors)
+    for site in found:
         put_merged(site, adapter.factors[site.path])
+    tie_again(model, shared)
     everything.activate(model, (attached.name,))
     everything.originals.clear()  # trained biases and modules stay where they are
     everything.unwrap(model)
@@ -79,8 +84,29 @@ def merge_in_memory(attached: "Attached") -> nn.Module:
 def settle_ties(model: nn.Module) -> None:
     """Makes a transformers model whose tied weights differ after a merge say that they are not tied any more."""
     pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # transformers keeps them, and saves by them
-    if any(_parameter(model, one) is not _parameter(model, other) for one, other in pairs.items()):
+    if any(parameter_at(model, one) is not parameter_at(model, other) for one, other in pairs.items()):
         _untie(model, pairs)
+
+
+def tie_again(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Makes weights that were one (see `ties`) one parameter again where merging left them equal."""
+    for path, leader in shared.items():
+        weight, other = parameter_at(model, f"{path}.weight"), parameter_at(model, f"{leader}.weight")
+        if weight is not None and other is not None and torch.equal(weight, other):
+            put_parameter(model, f"{path}.weight", other)
+
+
+def _check_mergeable(found: Iterable[sites.Site], factors: Mapping[str, LowRank]) -> None:
+    """Raises AdapterError if a layer has no bias to which the trained bias of its factor could be added.
+
+    It is not given one: a model that is saved and loaded again by its own class would drop it silently.
+    """
+    for site in found:
+        if factors[site.path].bias is not None and getattr(site.module, "bias", None) is None:
+            raise AdapterError(
+                f"{site.path} has no bias, so the trained bias of its factor (lora_bias) cannot be merged: a saved "
+                "model would lose it. Keep the adapter apart, or train without lora_bias. Nothing was merged."
+            )
 
 
 def put_merged(site: sites.Site, factor: LowRank) -> None:
@@ -91,24 +117,18 @@ def put_merged(site: sites.Site, factor: LowRank) -> None:
     value, _ = merged_weight(weight, factor, site.host)
     holder._parameters[name] = nn.Parameter(value, requires_grad=weight.requires_grad)
     if factor.bias is not None:
-        bias = holder._parameters.get("bias")
-        if bias is None:
-            raise AdapterError(f"{site.path} has no bias, so the trained bias of its factor cannot be merged.")
+        bias = holder._parameters["bias"]
+        assert bias is not None, "checked before merging"
         total = bias.detach() + (factor.bias.detach() * factor.scale).to(bias)
         holder._parameters["bias"] = nn.Parameter(total, requires_grad=bias.requires_grad)
-
-
-def _parameter(model: nn.Module, path: str) -> nn.Parameter | None:
-    owner, _, name = path.rpartition(".")
-    return model.get_submodule(owner)._parameters[name]
 
 
 def _untie(model: nn.Module, pairs: dict[str, str]) -> None:
     """Makes a model whose tied weights differ by now say so. transformers knows one switch for all pairs, so those
     that are equal still (BART ties four) get tensors of their own: else they would be missing from what is saved."""
     for path, other in pairs.items():
-        parameter = _parameter(model, path)
-        if parameter is not None and parameter is _parameter(model, other):
+        parameter = parameter_at(model, path)
+        if parameter is not None and parameter is parameter_at(model, other):
             owner, _, name = path.rpartition(".")
             own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
             model.get_submodule(owner)._parameters[name] = own

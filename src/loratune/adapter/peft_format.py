@@ -8,6 +8,7 @@ where PEFT does not look.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loratune.adapter.config import LoraConfig
 from loratune.adapter.factor import LowRank, TokenRows
 from loratune.adapter.fingerprint import Fingerprint
 from loratune.adapter.inits import is_subtracted
+from loratune.adapter.modules import logical_modules
 from loratune.adapter.roles import minimal_targets
 from loratune.errors import AdapterError, ConfigError
 
@@ -68,22 +70,41 @@ def _sorted_header(data: bytes) -> bytes:
 
 def encode(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the content of the two files: the configuration with expanded targets, and the tensors by PEFT's keys."""
-    modules = dict(sites.logical_modules(model))
     found = sites.find(model, adapter.config)
     tensors: dict[str, Tensor] = {}
     for site in found:
         tensors.update({_PREFIX + key: value for key, value in _encoded(site, adapter.factors[site.path]).items()})
-    owners = {site.owner for site in found}
+    keys = {site.bias: f"{site.key}.base_layer.bias" for site in found}
     for path, bias in adapter.biases.items():
-        owner = path.rpartition(".")[0]
-        tensors[f"{_PREFIX}{owner}.base_layer.bias" if owner in owners else _PREFIX + path] = bias
+        tensors[_PREFIX + keys.get(path, path)] = bias
     for path, module in adapter.saved.items():
         tensors.update({f"{_PREFIX}{path}.{name}": value for name, value in module.state_dict().items()})
-    layers = [site for site in found if site.tokens is None and site.key == site.owner and site.tied_to is None]
-    chosen = {site.owner for site in layers if not _is_stacked(site, adapter.config)}
     stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    config = plain_lora(_named_base(adapter.config, model))
-    return config.to_peft(minimal_targets(chosen, modules), _fan_in_fan_out(found)), stored
+    return encode_config(adapter, model), stored
+
+
+def encode_config(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
+    """Returns the content of adapter_config.json, with expanded targets. Modules that are tied are all named: PEFT ties
+    an embedding of another name than embed_tokens only where the head is named too."""
+    found = sites.find(model, adapter.config)
+    layers = [site for site in found if site.key == site.owner and not site.path.endswith(sites.TOKENS)]
+    config = _alike(plain_lora(_named_base(adapter.config, model)), [site for site in layers if site.tied_to])
+    if config.ensure_weight_tying and adapter.saved:
+        config = config.with_(modules_to_save=tuple(adapter.saved))
+    chosen = {site.owner for site in layers if not _is_stacked(site, adapter.config)}
+    return config.to_peft(minimal_targets(chosen, dict(logical_modules(model))), _fan_in_fan_out(found))
+
+
+def _alike(config: LoraConfig, tied: list[sites.Site]) -> LoraConfig:
+    """PEFT looks up a tied layer's rank and alpha by its own name: patterns make them those of the layer it follows."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for site in tied:
+        rank, scale = config.rank(site.tied_to or ""), config.scale(site.tied_to or "")
+        if (config.rank(site.path), config.scale(site.path)) != (rank, scale):
+            key = re.escape(site.path)
+            ranks[key], alphas[key] = rank, scale * (math.sqrt(rank) if config.use_rslora else rank)
+    return config.with_(rank_pattern={**ranks, **config.rank_pattern}, alpha_pattern={**alphas, **config.alpha_pattern})
 
 
 def _is_stacked(site: sites.Site, config: LoraConfig) -> bool:
@@ -92,7 +113,7 @@ def _is_stacked(site: sites.Site, config: LoraConfig) -> bool:
 
 def _encoded(site: sites.Site, factor: LowRank) -> dict[str, Tensor]:
     """Returns one factor's tensors as PEFT stores them, under PEFT's keys."""
-    if site.tied_to is not None and site.tokens is None and site.path.endswith(sites.TOKENS):
+    if site.tied_to is not None and site.path.endswith(sites.TOKENS):
         return {}
     if isinstance(factor, TokenRows):
         rows = site.weight.detach()[factor.indices].to(factor.B.dtype) + factor.B.T  # type: ignore[index]

@@ -1,6 +1,6 @@
 """Sites: which layers of a model an adapter stands at. A target that matches nothing is an error, never a silence."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -11,9 +11,9 @@ from loratune.adapter import roles
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.config import LoraConfig, pattern_matches
 from loratune.adapter.fingerprint import Fingerprint
-from loratune.adapter.hosts import HOST_KINDS, LINEAR, Host, host_of, num_experts, stacked
+from loratune.adapter.hosts import HOST_KINDS, Host, host_of, num_experts, stacked
 from loratune.adapter.matching import by_pattern, in_layers, matches, named, near, shown, within, without_excluded
-from loratune.adapter.wrapper import lookup, unwrapped
+from loratune.adapter.modules import input_embedding, leading, logical_modules, parameter_at, ties, with_tied
 from loratune.errors import AdapterError, ConfigError
 
 # What a task's new head may be called: trained whole by PEFT's task models (peft_model.py).
@@ -33,7 +33,7 @@ class Site:
 
     path: the layer's, or the parameter's where the module keeps it to itself; owner: the module to be wrapped;
     parameter: its name inside the owner, None for a layer's own weight; key: what PEFT's files call the site.
-    tokens: the rows of an embedding that are trained; tied_to: the site whose factor this one shares, transposed.
+    tokens: the rows of an embedding that are trained; tied_to: the site whose factor this one shares.
     """
 
     path: str
@@ -46,6 +46,7 @@ class Site:
     parameter: str | None = None
     tokens: tuple[int, ...] | None = None
     tied_to: str | None = None
+    turned: bool = False  # it stores the shared weight's outputs where the other layer has inputs
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -62,6 +63,11 @@ class Site:
         return attrgetter(self.parameter or "weight")(self.module)  # while FSDP computes, it is no Parameter
 
     @property
+    def bias(self) -> str:
+        """The path of the parameter called `bias` beside the weight, if there is one."""
+        return f"{self.owner}.{self.parameter or ''}".rpartition(".")[0] + ".bias"
+
+    @property
     def groups(self) -> int:
         return getattr(self.module, "groups", 1) if self.host.kind == "Conv" else 1
 
@@ -70,27 +76,6 @@ class Site:
         A, B = (self.rank, *self.host.inputs(self.module)), (self.host.outputs(self.module), self.rank // self.groups)
         experts = num_experts(self.weight) if self.host.kind == "Parameter" else None
         return (A, B) if experts is None else ((experts, *A), (experts, *B))
-
-
-def logical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (path, module) as the plain model has them: wrappers are looked through, factors left out."""
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrapped(module)
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield path, module
-            for name, child in module._modules.items():
-                if child is not None:
-                    yield from walk(f"{path}.{name}" if path else name, child)
-
-    return walk("", model)
-
-
-def owner_of(model: nn.Module, path: str) -> nn.Module:
-    """Returns the module that owns the parameter at a path, looked for through wrappers."""
-    return lookup(model, path.rpartition(".")[0])
 
 
 def find(model: nn.Module, config: LoraConfig) -> list[Site]:
@@ -103,19 +88,38 @@ def find(model: nn.Module, config: LoraConfig) -> list[Site]:
     saved = saved_paths(model, config)
     chosen = [path for path in _targets(model, config, modules) if not within(path, saved)]
     chosen = in_layers(without_excluded(chosen, config, modules), config)
+    shared = ties(model) if config.ensure_weight_tying else {}
+    chosen = leading(chosen, shared, modules)
     if not chosen and config.target_modules:
         raise ConfigError(
             f"target_modules={shown(config.target_modules)} leaves no layer of {type(model).__name__} to adapt."
         )
-    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+    found = [site for path in chosen for site in _sites_of(path, modules[path], config)]
+    tied_ones = _tied_sites(modules, found, shared)
+    if tied_ones and (config.use_dora or config.lora_bias):
+        raise ConfigError(
+            f"{tied_ones[0].path} is tied to {tied_ones[0].tied_to}: one factor serves both only without use_dora and "
+            "lora_bias, which hold one number for each output. Set them, or ensure_weight_tying, to False."
+        )
+    _check_patterns(config, [*chosen, *(site.path for site in tied_ones)], tied_ones)
+    found += _parameter_sites(modules, config, type(model).__name__)
+    return found + _token_sites(model, modules, config) + tied_ones
+
+
+def _check_patterns(config: LoraConfig, chosen: Sequence[str], tied_ones: Sequence[Site]) -> None:
+    patterns = (*config.rank_pattern, *config.alpha_pattern)
+    for pattern in patterns:
         if not any(pattern_matches(pattern, path) for path in chosen):
             raise ConfigError(
                 f"pattern {pattern!r} matches none of the {len(chosen)} adapted layers.{near(pattern, chosen)}"
             )
-    found = [site for path in chosen for site in _sites_of(path, modules[path], config)]
-    found += _parameter_sites(modules, config, type(model).__name__)
-    found += _token_sites(model, modules, config)
-    return found + (_tied_sites(model, found) if config.ensure_weight_tying else [])
+    for site in tied_ones:
+        own = config.rank(site.path), config.scale(site.path)
+        if own != (site.rank, site.scale) and any(pattern_matches(pattern, site.path) for pattern in patterns):
+            raise ConfigError(
+                f"rank_pattern or alpha_pattern gives {site.path} rank {own[0]} and scale {own[1]:g}, but "
+                f"{site.tied_to}, to which it is tied, has {site.rank} and {site.scale:g}. Name {site.tied_to} alone."
+            )
 
 
 def _sites_of(path: str, module: nn.Module, config: LoraConfig) -> list[Site]:
@@ -200,31 +204,33 @@ def _token_sites(model: nn.Module, modules: dict[str, nn.Module], config: LoraCo
                 )
             site = f"{path}.{TOKENS}"
             found.append(Site(site, module, host, len(indices), 1.0, owner=path, key=site, tokens=tuple(indices)))
-    return found + _tied_sites(model, found)
+    return found + _tied_sites(modules, found, ties(model))
 
 
 def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    embedding = unwrapped(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    for path, module in modules.items():
-        if module is embedding:
-            return path
-    raise ConfigError("trainable_token_indices: the model names no input embedding. Give {module name: indices}.")
+    path = input_embedding(model, modules)
+    if path is None:
+        raise ConfigError("trainable_token_indices: the model names no input embedding. Give {module name: indices}.")
+    return path
 
 
-def _tied_sites(model: nn.Module, found: list[Site]) -> list[Site]:
-    """Returns a site for the head of each adapted embedding that it shares its weight with: they stay tied."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    module: Any = unwrapped(head) if head is not None else None
-    path = next((path for path, each in logical_modules(model) if each is module), None) if module else None
+def _tied_sites(modules: Mapping[str, nn.Module], found: Sequence[Site], shared: Mapping[str, str]) -> list[Site]:
+    """Returns a site for each module that shares its weight with an adapted one: they get one factor together."""
+    leaders = {site.owner: site for site in found if site.parameter is None}
     taken = {site.owner for site in found}
-    if path is None or path in taken:
-        return []
-    return [
-        Site(f"{path}.{TOKENS}" if site.tokens else path, module, LINEAR, site.rank, site.scale, owner=path, key=path,
-             tied_to=site.path)
-        for site in found
-        if site.host.kind == "Embedding" and site.weight is module.weight
-    ]  # fmt: skip
+    pairs = [(path, leaders[leader]) for path, leader in shared.items() if leader in leaders and path not in taken]
+    return [_tied_site(path, modules[path], leader) for path, leader in pairs]
+
+
+def _tied_site(path: str, module: nn.Module, leader: Site) -> Site:
+    host = host_of(module)
+    if host is None or leader.host.kind == "Conv":
+        raise ConfigError(f"{path}, a {type(module).__name__}, cannot be tied to {leader.owner}. Nothing was attached.")
+    name = f"{path}.{TOKENS}" if leader.tokens else path
+    return Site(
+        name, module, host, leader.rank, leader.scale, owner=path, key=path,
+        tied_to=leader.path, turned=host.output_dim != leader.host.output_dim,
+    )  # fmt: skip
 
 
 def _targets(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
@@ -237,6 +243,7 @@ def _targets(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]
         return roles.select(model, targets)
     if targets.lower() == "all-linear":
         head = {path for path, names in roles.module_roles(model).items() if "head" in names}
+        head |= set(ties(model) if config.ensure_weight_tying else ())
         return [p for p, m in modules.items() if _is_linear(m) and p not in head and not _is_classifier(p, config)]
     return by_pattern(targets, modules, "target_modules", type(model).__name__)
 
@@ -263,7 +270,8 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     present = [name for name in heads if any(matches(name, path) for path in modules)]
     wished = config.modules_to_save or ()
     names = [*(name for name in wished if name not in heads or not present), *present]
-    return named(names, modules, "modules_to_save", type(model).__name__) if names else []
+    paths = named(names, modules, "modules_to_save", type(model).__name__) if names else []
+    return with_tied(model, paths) if config.ensure_weight_tying else paths
 
 
 def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> list[str]:
@@ -273,39 +281,15 @@ def bias_paths(model: nn.Module, config: LoraConfig, sites: Sequence[Site]) -> l
     """
     if config.bias == "none":
         return []
-    modules = dict(logical_modules(model)) if config.bias == "all" else {site.path: site.module for site in sites}
     saved = saved_paths(model, config)
-    found = [
-        f"{path}.bias"
-        for path, module in modules.items()
-        if isinstance(getattr(module, "bias", None), nn.Parameter) and not within(path, saved)
-    ]
+    if config.bias == "all":
+        wanted = [f"{path}.bias".lstrip(".") for path, _ in logical_modules(model)]
+    else:
+        wanted = list(dict.fromkeys(site.bias for site in sites))
+    found = [path for path in wanted if parameter_at(model, path) is not None and not within(path, saved)]
     if not found:
         raise ConfigError(f'bias={config.bias!r}, but {type(model).__name__} has no such bias. Use bias="none".')
     return found
-
-
-def tied(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
-    """Returns, for each path whose weight other modules share, the paths of those others."""
-    owners: dict[int, list[str]] = {}
-    for path, module in logical_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None and path not in owners.setdefault(id(weight), []):
-            owners[id(weight)].append(path)
-    modules = dict(logical_modules(model))
-    shared = {path: owners[id(modules[path]._parameters.get("weight"))] for path in paths}
-    return {path: [other for other in names if other != path] for path, names in shared.items() if len(names) > 1}
-
-
-def check_tying(model: nn.Module, config: LoraConfig) -> None:
-    """Raises ConfigError where `ensure_weight_tying` asks for what is not done: tying modules trained whole."""
-    shared = tied(model, saved_paths(model, config)) if config.ensure_weight_tying else {}
-    for path, others in shared.items():
-        raise ConfigError(
-            f"ensure_weight_tying does not reach modules_to_save: {path} would be trained apart from "
-            f"{', '.join(others)}, which shares its weight. Adapt the embedding by target_modules, or set "
-            "ensure_weight_tying to False."
-        )
 
 
 def find_for(model: nn.Module, adapter: Adapter) -> list[Site]:

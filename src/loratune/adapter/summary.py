@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from loratune.adapter import roles
 from loratune.adapter.adapter import Adapter
-from loratune.adapter.sites import Site, find, logical_modules, tied
+from loratune.adapter.matching import within
+from loratune.adapter.modules import logical_modules, tied, ties
+from loratune.adapter.sites import Site, find
 
 
 def summarize(model: nn.Module, adapter: Adapter) -> str:
@@ -23,6 +25,8 @@ def summarize(model: nn.Module, adapter: Adapter) -> str:
         *(f"rows trained: {len(site.tokens)} of {site.owner}" for site in found if site.tokens and not site.tied_to),
         *(f"weights adapted inside {site.owner}: {site.parameter}" for site in found if site.parameter),
         *(f"trained whole: {path}" for path in adapter.saved),
+        *(f"tied: {site.owner} takes the update of {site.tied_to}" for site in found if site.tied_to),
+        *(f"tied: {path} and {leader} are one trained tensor" for path, leader in _saved_as_one(model, adapter)),
         *notes(model, adapter),
     ]
     return "\n".join(lines)
@@ -44,10 +48,9 @@ def notes(model: nn.Module, adapter: Adapter) -> list[str]:
         found.append(
             f"note: r is above the smaller side of {len(high)} layers (first: {high[0]}); more than full rank."
         )
-    if adapter.config.ensure_weight_tying and not any(site.tied_to for site in found_sites):
-        found.append(
-            "note: ensure_weight_tying has nothing to tie: no adapted embedding shares a weight with the head."
-        )
+    wished = adapter.config.ensure_weight_tying
+    if wished and not any(site.tied_to for site in found_sites) and not _saved_as_one(model, adapter):
+        found.append("note: ensure_weight_tying has nothing to tie: no trained module shares its weight with another.")
     for path, others in tied(
         model, [site.owner for site in found_sites if not site.parameter and not _stays_tied(site, found_sites)]
     ).items():
@@ -63,3 +66,9 @@ def notes(model: nn.Module, adapter: Adapter) -> list[str]:
 def _stays_tied(site: Site, found: Sequence[Site]) -> bool:
     """Whether both uses of a shared weight get the same update (`ensure_weight_tying`, trained token rows)."""
     return site.tied_to is not None or any(other.tied_to == site.path for other in found)
+
+
+def _saved_as_one(model: nn.Module, adapter: Adapter) -> list[tuple[str, str]]:
+    """Returns (module, the module it is tied to) of those that are trained whole as one tensor."""
+    shared = ties(model).items() if adapter.config.ensure_weight_tying else ()
+    return [(path, leader) for path, leader in shared if within(leader, adapter.saved)]

@@ -18,6 +18,7 @@ from loratune.compat.peft_config import (
     TaskType,
     get_peft_config,
 )
+from loratune.compat.peft_hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from loratune.compat.peft_layers import BaseTunerLayer, LoraLayer
 from loratune.compat.peft_model import (
     HUB,
@@ -38,7 +39,6 @@ from loratune.compat.peft_report import (
 from loratune.compat.peft_state import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
-    hotswap_adapter,
     load_peft_weights,
     set_base_model_state_dict,
     set_peft_model_state_dict,
@@ -54,6 +54,7 @@ __all__ = [
     "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "PeftType", "PeftWarning", "TaskType",
     "TrainableTokensWrapper", "get_base_model_state_dict", "get_layer_status", "get_model_status", "get_peft_config",
     "get_peft_model", "get_peft_model_state_dict", "hotswap_adapter", "inject_adapter_in_model", "load_peft_weights",
+    "prepare_model_for_compiled_hotswap",
     "set_base_model_state_dict", "set_peft_model_state_dict",
 ]  # fmt: skip
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.attach import Attachments, attach
-from loratune.adapter.factor import LowRank, Transposed
-from loratune.adapter.merge import settle_ties
-from loratune.adapter.sites import TOKENS, Site, logical_modules, tied
+from loratune.adapter.factor import LowRank, Tied
+from loratune.adapter.merge import settle_ties, tie_again
+from loratune.adapter.modules import logical_modules, put_parameter, tied, ties
+from loratune.adapter.sites import TOKENS, Site
 from loratune.adapter.wrapper import parent_of, unwrapped
 from loratune.compat.peft_config import LoraConfig
 from loratune.compat.peft_layers import LoraLayer, layer_class, leaf
@@ -33,6 +34,7 @@ class Layers(Attachments):
         self.peft_config: dict[str, LoraConfig] = {}
         self.views: dict[str, dict[str, LowRank]] = {}  # adapter -> site -> its factor as the layers hold it
         self.saved: dict[str, ModulesToSaveWrapper] = {}
+        self.ties = ties(model)
         self.frozen = False  # whether the active adapters are used, not trained
 
     @classmethod
@@ -48,8 +50,8 @@ class Layers(Attachments):
     def place(self, model: nn.Module, site: Site, name: str, factor: LowRank) -> None:
         site = leaf(site)
         layer = self._layer(site)
-        if isinstance(factor, Transposed):
-            factor = Transposed(self.views[name][site.tied_to or ""])
+        if isinstance(factor, Tied):
+            factor = Tied(self.views[name][site.tied_to or ""], transposed=site.turned)
         view = self.views.setdefault(name, {})[site.path] = layer.hold(site, name, factor)
         layer.placed.setdefault(name, []).append(view)
         self.slots[site.path] = layer
@@ -80,9 +82,7 @@ class Layers(Attachments):
             for path, module in adapter.saved.items():
                 self._keep(path, name, module)
             for path, bias in adapter.biases.items():
-                owner = unwrapped(model.get_submodule(path.rpartition(".")[0]))
-                self.originals.setdefault(path, owner._parameters["bias"])
-                owner._parameters["bias"] = bias
+                self.originals.setdefault(path, put_parameter(model, path, bias))
         self.active = names
         for layer in self.all():
             layer.set_adapter(list(names))
@@ -194,6 +194,9 @@ class Layers(Attachments):
         """Merges these adapters, or each layer's active ones; returns how many were merged that were not before."""
         before = self._num_merged()
         for layer in self.slots.values():
+            for name in layer.active_adapters if names is None else names:  # type: ignore[union-attr]
+                layer.check_mergeable(name)  # type: ignore[operator]
+        for layer in self.slots.values():
             layer.merge(safe, names)  # type: ignore[operator]
         return self._num_merged() - before
 
@@ -215,6 +218,7 @@ class Layers(Attachments):
         for path, module in kept.items():
             parent, last = parent_of(self.model, path)
             parent._modules[last] = module
+        tie_again(self.model, self.ties)
         settle_ties(self.model)
         return self.model
 
@@ -255,9 +259,9 @@ def _warn_of_ties(model: nn.Module, adapter: Adapter) -> None:
     shared = tied(model, [path for path, module in logical_modules(model) if "weight" in module._parameters])
     adapted = {path.removesuffix(f".{TOKENS}") for path in (*adapter.factors, *adapter.saved)}
     here = sorted(adapted & shared.keys())
-    wanted = adapter.config.ensure_weight_tying
-    if wanted and not here:
-        what = "are added to the adapter" if shared else "were found in the model"
+    wanted, tieable = adapter.config.ensure_weight_tying, ties(model)
+    if wanted and not adapted & {*tieable, *tieable.values()}:
+        what = "are added to the adapter" if tieable else "were found in the model"
         warnings.warn(f"`ensure_weight_tying` is set, but no tied modules {what}.", PeftWarning, stacklevel=5)
     if here and not wanted and not adapter.config.trainable_token_indices:
         warnings.warn(

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loratune.adapter.factor import LowRank, Transposed
+from loratune.adapter.factor import LowRank, Tied
 from loratune.adapter.merge import put_merged
 from loratune.adapter.sites import Site
 from loratune.adapter.variants import merged
 from loratune.adapter.wrapper import Adapted, Shared, call_with, unwrapped
-from loratune.compat.peft_views import Tensors, Values, View
+from loratune.compat.peft_views import Tensors, TiedTensor, Values, View
 from loratune.errors import AdapterError, ExportError
 
 
@@ -143,12 +143,19 @@ class LoraLayer(KnownToPeft, Adapted, BaseTunerLayer):
     def adapter_names(self) -> list[str]:
         return list(self.placed)
 
+    def trained(self, name: str) -> Iterator[nn.Parameter]:
+        tied = [factor.source for factor in self.placed.get(name, ()) if isinstance(factor, Tied)]
+        yield from (parameter for source in tied for _, parameter in source.named_parameters())
+        yield from super().trained(name)
+
     def get_base_layer(self) -> nn.Module:
         return unwrapped(self)
 
     def hold(self, site: Site, name: str, factor: LowRank) -> LowRank:
         """Puts a factor's tensors into the containers under an adapter's name; returns the factor that reads them."""
-        if isinstance(factor, Transposed):
+        if isinstance(factor, Tied):
+            if factor.transposed:
+                self.lora_A[name], self.lora_B[name] = TiedTensor(factor, "A"), TiedTensor(factor, "B")
             return factor
         factor = factor.to(site.weight.device)
         _HOLDERS.get(site.host.kind, _hold_linear)(self, site, name, factor)
@@ -182,18 +189,23 @@ class LoraLayer(KnownToPeft, Adapted, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts W + s B A in the place of W; W itself is kept and comes back at `unmerge`.
 
-        Raises AdapterError with `safe_merge` if the sum is not finite, ExportError for a bias the layer cannot take.
+        With `safe_merge` raises AdapterError, this layer as it was, if the sum is not finite; see `check_mergeable`.
         """
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.placed and name not in self.merged_adapters:
                 self._merge_one(name, safe_merge)
 
+    def check_mergeable(self, name: str) -> None:
+        """Raises ExportError for a trained bias of B that the layer cannot take."""
+        biased = any(factor.bias is not None for factor in self.placed.get(name, ()))
+        if biased and getattr(unwrapped(self), "bias", None) is None:
+            raise ExportError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         holder = unwrapped(self).get_submodule((self.where.parameter or "").rpartition(".")[0])
         before = dict(holder._parameters)
+        self.check_mergeable(name)
         for factor in self.placed[name]:
-            if factor.bias is not None and before.get("bias") is None:
-                raise ExportError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
             put_merged(self.where, factor)
         if safe_merge and not all(p.isfinite().all() for p in holder._parameters.values() if p is not None):
             holder._parameters.update(before)

@@ -16,9 +16,8 @@ from loratune import files
 from loratune.adapter import making, sites
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.attach import Attachments
-from loratune.adapter.factor import LowRank
 from loratune.adapter.inits import is_subtracted
-from loratune.adapter.peft_format import decode, encode, plain_lora
+from loratune.adapter.peft_format import decode, encode, encode_config, plain_lora
 from loratune.adapter.wrapper import unwrapped
 from loratune.compat.peft_attach import Layers
 from loratune.compat.peft_config import CONFIG_NAME, LoraConfig, locate, plain
@@ -138,7 +137,7 @@ def set_peft_model_state_dict(
     layers.materialize(adapter_name)
     adapter = layers.adapters[adapter_name]
     current = encode(adapter, layers.model)[1]
-    given = {_normal(key): value for key, value in peft_model_state_dict.items()}
+    given = {normal_key(key): value for key, value in peft_model_state_dict.items()}
     base = {_PREFIX + path: value for path, value in base_tensors(layers).items()}
     places = {**{key: base[_LAYER_PARTS.sub("", key)] for key in given if _LAYER_PARTS.sub("", key) in base}, **current}
     wrong = [key for key, value in given.items() if key in places and places[key].shape != value.shape]
@@ -151,7 +150,7 @@ def set_peft_model_state_dict(
     return LoadResult(sorted(current.keys() - given.keys()), sorted(given.keys() - places.keys()))
 
 
-def _normal(key: str) -> str:
+def normal_key(key: str) -> str:
     key = key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
     return _PREFIX + key.replace("_orig_mod.", "").removeprefix(_PREFIX)
 
@@ -206,55 +205,6 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     return result
 
 
-def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any
-) -> None:
-    """Puts another adapter's values into an attached one, tensors and layers staying what they are.
-
-    Smaller ranks are filled up with zeros, layers the new adapter lacks get zeros, a larger rank gets new tensors.
-    Raises SizeMismatchError, nothing swapped, for a layer the attached one lacks.
-    """
-    layers = layers_of(model)
-    held, views = layers.adapters[adapter_name], layers.views[adapter_name]
-    if any(adapter_name in layer.merged_adapters for layer in layers.all()):
-        raise AdapterError(f"Cannot hot-swap adapter '{adapter_name}' because it is merged. Unmerge it first.")
-    config: LoraConfig = LoraConfig.from_pretrained(model_name_or_path, **kwargs)
-    _check_alike(layers.peft_config[adapter_name], config)
-    tensors = {_normal(key): value for key, value in load_peft_weights(model_name_or_path, **kwargs).items()}
-    read = decode(config.checked(layers.model), tensors, None, Path(model_name_or_path))
-    unexpected = [key for key in read.factors if key not in views]
-    if unexpected or read.loose:
-        raise SizeMismatchError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {[*unexpected, *read.loose]}."
-        )
-    read = making.fitted_to(read, sites.find(layers.model, read.config))
-    for path in held.factors:
-        new = read.factors.get(path)
-        views[path].take(_like(views[path], new))  # type: ignore[operator]
-        if new is not None:
-            views[path].scale = new.scale
-
-
-def _check_alike(one: LoraConfig, other: LoraConfig) -> None:
-    for name in ("use_rslora", "lora_dropout", "use_dora", "lora_bias"):
-        if getattr(one, name) != getattr(other, name):
-            raise AdapterError(f"Configs are incompatible: for {name}, {getattr(one, name)} != {getattr(other, name)}")
-
-
-def _like(view: LowRank, new: LowRank | None) -> LowRank:
-    """Returns a factor of a view's rank at least: the new one with zeros added, or zeros alone."""
-    groups = view.groups
-    A, B = torch.zeros_like(view.A), torch.zeros_like(view.B)
-    if new is None:
-        return LowRank(A, B, view.scale, groups=groups)
-    missing = max(view.rank - new.rank, 0) // groups
-    A = torch.cat([new.A.detach().unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1))[:, :missing]], 1).flatten(
-        0, 1
-    )
-    B = torch.cat([new.B.detach(), B[:, :missing]], 1)
-    return LowRank(A, B, new.scale, bias=new.bias, magnitude=new.magnitude, groups=groups)
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -290,9 +240,12 @@ def _saved_config(layers: Layers, config: LoraConfig, name: str) -> dict[str, An
     values["base_model_name_or_path"] = config.base_model_name_or_path or own
     values["inference_mode"] = True
     if is_subtracted(config.init_lora_weights):  # stored as plain LoRA of rank 2 r: the base was not changed
-        stored = plain_lora(layers.adapters[name].config)
-        values |= {"r": stored.r, "lora_alpha": stored.lora_alpha, "init_lora_weights": True}
-        values |= {"rank_pattern": dict(stored.rank_pattern), "alpha_pattern": dict(stored.alpha_pattern)}
+        values["init_lora_weights"] = True
+    stated = encode_config(
+        layers.adapters[name], layers.model
+    )  # ranks that hot-swapping changed, modules that are tied
+    names = ("target_modules", "modules_to_save") if config.ensure_weight_tying else ()
+    values |= {key: stated[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", *names)}
     if config.task_type is None:
         kind = type(layers.model)
         values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

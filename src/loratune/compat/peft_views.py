@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from loratune.adapter.factor import LowRank, TokenRows
+from loratune.adapter.factor import LowRank, Tied, TokenRows
 
 if TYPE_CHECKING:
     from loratune.compat.peft_layers import LoraLayer
@@ -25,6 +25,18 @@ class Tensors(nn.Module):
         self.weight = None if weight is None else nn.Parameter(weight)
         self.register_buffer("A0", None if start is None else start[0], persistent=False)
         self.register_buffer("B0", None if start is None else start[1], persistent=False)
+
+
+class TiedTensor(nn.Module):
+    """What stands for A or B of a head that is tied to an embedding: `weight` is the other's tensor, turned round."""
+
+    def __init__(self, factor: Tied, name: str) -> None:
+        super().__init__()
+        self.__dict__.update(factor=factor, name=name)
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.__dict__["factor"], self.__dict__["name"])
 
 
 class View(LowRank):
@@ -76,6 +88,20 @@ class View(LowRank):
     def B0(self) -> Any:  # type: ignore[override]
         return getattr(self._held("lora_start"), "B0", None)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the fused path may be taken: not with a scale that is a tensor (hot-swap), which addmm's alpha would
+        read back to the host at every layer."""
+        return not isinstance(self.scale, Tensor) and super().is_plain
+
+    def set_scale(self, scale: float) -> None:
+        """Sets the scale that the configuration gives, in place where it is a tensor."""
+        self.lora_alpha = scale * self.rank
+        if isinstance(self.scale, Tensor):
+            self.scale.fill_(scale)
+        else:
+            self.scale = scale
+
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:  # type: ignore[override]
         """Yields the trained tensors as PEFT shapes them."""
         magnitude = self._held("lora_magnitude_vector")
@@ -124,17 +150,19 @@ class RowsView(TokenRows):
         return self.A.argmax(dim=1)
 
     @property
+    def original(self) -> Tensor:
+        """The base's rows; merging replaces the weight they are from."""
+        return self.__dict__["layer"].token_adapter.trainable_tokens_original[self.__dict__["name"]].to(self.rows)
+
+    @property
     def B(self) -> Any:  # type: ignore[override]
-        weight = self.__dict__["layer"].base.weight.detach()
-        return (self.rows - weight[self.indices].to(self.rows.dtype)).T
+        return (self.rows - self.original).T
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:  # type: ignore[override]
         yield "rows", self.rows
 
     def take(self, other: LowRank) -> None:
-        weight = self.__dict__["layer"].base.weight.detach()
-        rows = weight[self.indices].to(other.B.dtype) + other.B.detach().T.to(weight.device)
-        self.rows.data.copy_(rows)
+        self.rows.data.copy_(self.original + other.B.detach().T.to(self.rows))
 
 
 class Values(MutableMapping[str, Any]):

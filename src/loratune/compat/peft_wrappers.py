@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratune.adapter.factor import LowRank, TokenRows, Transposed
+from loratune.adapter.factor import LowRank, Tied, TokenRows
 from loratune.adapter.sites import Site
 from loratune.adapter.wrapper import Shared, Wrapper, unwrapped
 from loratune.compat.peft_layers import BaseTunerLayer, LoraLayer
@@ -138,7 +138,7 @@ class TrainableTokensWrapper(LoraLayer, AuxiliaryTrainingWrapper):
         return self.token_adapter.trained(name)
 
     def hold(self, site: Site, name: str, factor: LowRank) -> LowRank:
-        if isinstance(factor, Transposed):
+        if isinstance(factor, Tied):
             return factor
         if not isinstance(factor, TokenRows):
             raise ConfigError(f"{site.owner} has trainable_token_indices, so it cannot be a target of LoRA as well.")
