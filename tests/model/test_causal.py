@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from families import CAUSAL, FAMILIES, VOCAB
 from loratune.adapter.attach import Attached, attach
 from loratune.adapter.config import LoraConfig
 from loratune.data.encode import Document
-from loratune.errors import ConfigError
 from loratune.model import attention
 from loratune.model.causal import CausalModel
 from loratune.model.prefixes import Segment
@@ -158,14 +158,31 @@ def test_closing_gives_the_attention_back() -> None:
     assert model.config._attn_implementation == before
 
 
-def test_two_adapters_on_the_head_are_refused_by_the_loss() -> None:
-    model = FAMILIES["llama"]()
-    one = attach(model, LoraConfig(target_modules=["lm_head"]), "one")
-    two = attach(model, LoraConfig(target_modules=["lm_head"]), "two")
-    two.activate(one)
-    causal = CausalModel(model)
-    with pytest.raises(ConfigError, match="2 adapters are active on the head"):
-        causal.losses(causal.batch([document(0, 5)], [0]))
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"second": True}], ids=str
+)
+def test_whatever_is_adapted_on_the_head_is_in_the_loss(settings: dict[str, Any]) -> None:
+    """Against the model's own logits, losses and gradients; with a second adapter too."""
+    model = double("llama")
+    config = {"r": 3, "target_modules": ["lm_head", "q_proj"], "init_lora_weights": False} | settings
+    second = config.pop("second", False)
+    attached = attach(model, LoraConfig(**config), "one", seed=1)
+    if second:
+        other = attach(model, LoraConfig(**config), "two", seed=2)
+        other.activate(attached)
+    with torch.no_grad():
+        for _, parameter in attached.adapter.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    causal, rows = CausalModel(model), [document(0, 5), document(1, 9)]
+    batch = causal.batch(rows, [0, 1])
+    total, each = causal.losses(batch)
+    total.backward()
+    found = gradients(attached.adapter)
+    for _, parameter in attached.adapter.named_parameters():
+        parameter.grad = None
+    expected = F.cross_entropy(alone(model, rows), batch.labels, reduction="none")
+    expected.sum().backward()
+    assert relative(each, expected) < 1e-6 and worst(found, gradients(attached.adapter)) < 1e-6
 
 
 def _no_keywords(model: PreTrainedModel) -> None:

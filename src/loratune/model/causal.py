@@ -20,7 +20,6 @@ from loratune.adapter.dropout import Noise, Span, zero_
 from loratune.adapter.wrapper import Adapted, Slot, unwrapped
 from loratune.data.encode import Document
 from loratune.data.pack import length_groups, micro_batches
-from loratune.errors import ConfigError
 from loratune.model import attention, prefixes
 from loratune.model.blocks import Blocks
 from loratune.model.loss import HeadShape, label_loss, loss_memory
@@ -162,7 +161,10 @@ class CausalModel:
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns (the sum of the batch's label losses, differentiable; each label's loss, (n,) detached)."""
-        if self._shape is None:
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        # More than one factor, or one that is more than s B A (DoRA, PiSSA, a bias), is the layer's own to compute.
+        own = isinstance(head, Adapted) and (len(head.active) > 1 or not all(each.is_plain for each in head.factors()))
+        if self._shape is None or own:
             return self._losses_by_logits(batch)
         return self._losses_by_head(self.hidden(batch), batch, self._shape)
 
@@ -175,8 +177,6 @@ class CausalModel:
             factor: Any = head.active[0]
             z_nR, up = self._dropped(head, factor, h_nH, batch) @ factor.A.to(h_nH.dtype).T, factor.B
             shape = HeadShape(shape.logit_scale, shape.softcap, factor.scale)
-        elif isinstance(head, Adapted) and len(head.active):
-            raise ConfigError(f"{len(head.active)} adapters are active on the head; the loss takes one at a time.")
         if self._memory is None and (z_nR is not None or frozen.weight.requires_grad):
             self._memory = loss_memory(frozen.weight)
         bias = getattr(frozen, "bias", None)

@@ -39,6 +39,7 @@ SURPLUS_TOKENS = frozenset({"<image_soft_token>"})
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles, which are programs
+_NOTHING_RUN = {"local_files_only": True, "trust_remote_code": False}  # None would ask, in the middle of a run
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -232,10 +233,11 @@ def _dtype(wish: str | torch.dtype | None, device: torch.device) -> str | torch.
 
 
 def _weights(task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None) -> PreTrainedModel:
+    _refuse_programs(source.path)
     try:
         with _no_progress_bar():
             model, report = task.from_pretrained(
-                source.path, dtype=dtype, local_files_only=True, output_loading_info=True
+                source.path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_NOTHING_RUN
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load the model in {source.path}: {_first_line(error)}") from error
@@ -248,6 +250,30 @@ def _weights(task: Any, source: Source, dtype: str | torch.dtype, notify: Notify
     if (unused := report["unexpected_keys"]) and notify is not None:
         notify(f"{source.name}: {len(unused)} stored tensors are not part of {kind}; first: {min(unused)}")
     return model
+
+
+def _refuse_programs(folder: Path) -> None:
+    """Raises ConfigError for weights in pickles, and for a configuration with a kernel that would be fetched to run."""
+    safe, pickles = zip(_WEIGHTS, _INDEXES, strict=True)
+    if any((folder / name).is_file() for name in pickles) and not any((folder / name).is_file() for name in safe):
+        raise ConfigError(
+            f"{folder} holds its weights in a pickle, {pickles[0]}, which can run code and is not read. Load the model "
+            "once where you trust it, and save it with save_pretrained."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}.") from error
+    for key, value in _entries(config):
+        if key.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
+            raise ConfigError(f"{folder / 'config.json'}: {key} is {value!r}: code to be fetched and run. Remove it.")
+
+
+def _entries(value: Any) -> Generator[tuple[str, Any]]:
+    """Yields every (key, value) of an object and of those in it."""
+    for key, each in value.items() if isinstance(value, dict) else ():
+        yield key, each
+        yield from _entries(each)
 
 
 @contextmanager
@@ -269,7 +295,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
             "Copy the tokenizer's files beside the weights."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **_NOTHING_RUN)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConfigError(f"cannot load the tokenizer in {source.path}: {_first_line(error)}") from error
     tokenizer.name_or_path = source.name
