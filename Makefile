@@ -30,6 +30,15 @@ test: $(VENV)/.dev
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
 
+# Every crash point, 200 runs killed, every byte flipped: some ten minutes. Figures go to bench/results/faults.jsonl.
+faults: $(VENV)/.dev
+	rm -f bench/results/faults.jsonl
+	LORATUNE_FAULTS=full LORATUNE_FAULTS_FIGURES=bench/results/faults.jsonl $(BIN)/python -m pytest -q tests/faults
+
+# 300 small faults in the code, each to be noticed by the tests of its area: hours; goes on where it was interrupted.
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/faults/mutants.py $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests examples bench
 	$(BIN)/ruff format --check src tests examples bench

@@ -56,7 +56,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_a_run_leaves_these_files_and_no_others(done: Done) -> None:
     assert {path.name for path in done.output.iterdir()} == {
-        "run.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "adapter",
+        "run.yaml", "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "evaluations.json", "report.html", "checkpoints",
+        "adapter",
     }  # fmt: skip
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "loratune.json", "tokenizer.json"} <= {
         path.name for path in (done.output / "adapter").iterdir()
@@ -77,7 +78,7 @@ def test_the_result_says_what_happened(done: Done) -> None:
 
 
 def test_events_tell_the_run_in_order(done: Done) -> None:
-    names = [event["event"] for event in done.events]
+    names = [event["event"] for event in done.events if event["event"] != "notice"]
     assert names[:3] == ["summary", "start", "evaluation"] and names[-1] == "end"
     assert [event["step"] for event in done.events if event["event"] == "step"] == list(range(1, 17))
     start = next(event for event in done.events if event["event"] == "start")

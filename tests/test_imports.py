@@ -23,7 +23,7 @@ _THIRD_PARTIES = {
     "errors": set[str](),
     "files": set[str](),
     "adapter": {"torch", "safetensors", "numpy"},
-    "data": {"numpy", "pyarrow", "datasets"},
+    "data": {"numpy", "pyarrow", "datasets", "jinja2"},
 }
 
 

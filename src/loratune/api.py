@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from loratune import files
 from loratune.adapter import peft_format
 from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
 from loratune.adapter.summary import coverage
-from loratune.data.dataset import Dataset, hold_out, load_dataset
 from loratune.data.encode import Encoder
-from loratune.errors import ConfigError, DataError
+from loratune.errors import ConfigError
 from loratune.evaluate.loss import Evaluation
 from loratune.evaluate.samples import Sample, sample
 from loratune.export.consumers import check
@@ -23,13 +22,18 @@ from loratune.export.convert import convert
 from loratune.export.merged import export_merged
 from loratune.model import embedded
 from loratune.model.causal import CausalModel
+from loratune.model.gguf import cache_root
 from loratune.model.load import load_model
 from loratune.report import adapters as adapter_reports
-from loratune.report import figures
-from loratune.train import checkpoint, identity, loop, watch
-from loratune.train.config import DataConfig, ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
+from loratune.report import figures, run_texts
+from loratune.report.run_files import EVALUATIONS
+from loratune.report.run_page import run_page
+from loratune.train import checkpoint, identity, loop, replay
+from loratune.train.config import ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
+from loratune.train.datasets import LEDGER, check_ids, ledger_lines, load_datasets
 from loratune.train.loop import OnEvent, Run
 from loratune.train.optim import Optimizer
+from loratune.train.rehearsal import rehearse
 
 __all__ = [
     "RunResult",
@@ -43,7 +47,7 @@ __all__ = [
     "train",
 ]
 
-RUN_FILE, SAMPLES, ABOUT = "run.yaml", "samples.jsonl", "loratune.json"
+RUN_FILE, SAMPLES, ABOUT, REPORT = "run.yaml", "samples.jsonl", "loratune.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,34 @@ def run(resolved: ResolvedConfig, on_event: OnEvent = _quiet) -> RunResult:
     output = Path(config.output)
     check_output(output)
     _check_task(config.adapter.task_type)
-    lora = config.adapter.to_lora_config()
-    model, tokenizer = load_model(config.model, notify=_notifier(on_event))
-    attached = attach(model, lora, seed=config.train.seed)
-    return _start(attached, tokenizer, resolved, output, on_event)
+    return _start(*_load(config, _notifier(on_event)), resolved, output, on_event)
+
+
+def _load(config: RunConfig, notify: Callable[[str], None]) -> tuple[Attached, PreTrainedTokenizerBase]:
+    lora = config.adapter.to_lora_config()  # what is wrong with it is said before a model is loaded
+    model, tokenizer = load_model(config.model, notify=notify)
+    return attach(model, lora, seed=config.train.seed), tokenizer
 
 
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    data: str | Path,
+    data: str | Path | Mapping[str, float],
     output: str | Path,
     validation: str | Path | None = None,
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    reject: bool = False,
+    train_on: str = "completion",
+    long: str = "stop",
+    cache: bool = True,
     on_event: OnEvent = _quiet,
     **settings: Any,
 ) -> RunResult:
-    """Trains the one active adapter of a model on a file of rows; `settings` are the fields of TrainConfig.
+    """Trains the one active adapter of a model on rows; `settings` are the fields of TrainConfig.
 
+    `data` and the arguments from `validation` to `cache` are those of DataConfig.
     Raises AdapterError if no adapter is attached; otherwise as `run`.
     """
     attached = attached_to(model)
@@ -100,35 +113,82 @@ def train(
     overrides = {f"train.{name}": value for name, value in settings.items()} | {
         "model": model.name_or_path or "(in memory)",
         "output": str(output),
-        "data.train": str(data),
+        "data.train": dict(data) if isinstance(data, Mapping) else str(data),
         "data.validation": None if validation is None else str(validation),
         "data.format": format,
+        "data.columns": columns and dict(columns),
+        "data.reject": reject,
+        "data.train_on": train_on,
+        "data.long": long,
+        "data.cache": cache,
     }
     resolved = load_run_config(None, overrides | adapter_overrides(attached.config), caller="loratune.train")
     return _start(attached, tokenizer, resolved, Path(output), on_event)
 
 
-def resume(run_dir: str | Path, on_event: OnEvent = _quiet) -> RunResult:
+def resume(
+    run_dir: str | Path, on_event: OnEvent = _quiet, *, allow_changed: bool = False, verify: bool = False
+) -> RunResult:
     """Continues a run from its newest complete checkpoint, bit for bit as if it had not stopped on the same machine.
 
-    Raises CheckpointError if there is none, or if model, data, settings or versions are not those of the run.
+    A run that ended before its first checkpoint begins again, which is the same.
+    Raises CheckpointError for no complete one, or if model, data, settings or versions are not those of the run;
+    `allow_changed` goes on with those of now, and the run is labelled as not identical. `verify` first repeats the last
+    steps from the checkpoint before, and raises CheckpointError unless they end in the same bits.
+    Paths in run.yaml are relative to where the run was started: see `working_directory`.
     """
     output = Path(run_dir)
-    if not (output / RUN_FILE).is_file():
-        raise ConfigError(f"{output} is not a run: {RUN_FILE} is missing.")
-    resolved = load_run_config(output / RUN_FILE, {})
-    saved, skipped = checkpoint.newest(output)
+    resolved = _configuration_of(output)
     notify = _notifier(on_event)
+    if not checkpoint.folders(output) and not (output / "adapter").exists():
+        notify(f"{output} has no checkpoint yet: beginning at step 0")
+        return _start(*_load(resolved.config, notify), resolved, output, on_event)
+    saved, skipped = checkpoint.newest(output)
     for reason in skipped:
         notify(f"skipped: {reason}")
-    config = resolved.config
-    model, tokenizer = load_model(config.model, notify=notify)
-    attached = attach(model, config.adapter.to_lora_config(), seed=config.train.seed)
-    state = _prepare(attached, tokenizer, config, output, on_event)
-    identity.check(saved, state.identity)
+    attached, tokenizer = _load(resolved.config, notify)
+    state = _prepare(attached, tokenizer, resolved.config, output, on_event)
+    changed = identity.check(saved, state.identity, allow=allow_changed)
+    if verify:
+        first = replay.verify(state, saved)
+        notify(f"the last steps, from {first} to {saved.step}, were done again: the same bits")
     loop.restore(state, saved)
+    if changed:
+        loop.label_changed(state, changed)
+        notify(f"{loop.NOT_IDENTICAL}: {'; '.join(changed)}")
+        _label(output / RUN_FILE, state.step, changed)
     notify(f"resuming at step {state.step} of {state.num_steps} from {saved.path}")
     return _finish(state, tokenizer, on_event, before=None, samples_before=())
+
+
+def _configuration_of(run: Path) -> ResolvedConfig:
+    """Returns a run's configuration; raises ConfigError, also where its data cannot be found from here."""
+    if not (run / RUN_FILE).is_file():
+        raise ConfigError(f"{run} is not a run: {RUN_FILE} is missing.")
+    resolved = load_run_config(run / RUN_FILE, {})
+    home = working_directory(run)
+    local = [Path(spec.partition("#")[0]) for spec in resolved.config.data.specs if not spec.startswith("hub:")]
+    if home is not None and home != Path.cwd() and local and not any(path.exists() for path in local):
+        raise ConfigError(f"{run / RUN_FILE}: its paths are relative to {home}. Resume from that directory.")
+    return resolved
+
+
+def working_directory(run: Path) -> Path | None:
+    """Returns where a run was started, which the relative paths of its run.yaml refer to; None if that is not known.
+
+    It is what is left of the run's own path without the `output` in its file, so a project may move as a whole.
+    """
+    output = Path(load_run_config(run / RUN_FILE, {}).config.output)
+    place, parts = run.resolve(), output.parts
+    if output.is_absolute() or ".." in parts or place.parts[-len(parts) :] != parts:
+        return None
+    return place.parents[len(parts) - 1]
+
+
+def _label(file: Path, step: int, changed: list[str]) -> None:
+    """Adds to a run's file, as a comment, that the run is not one run any more."""
+    label = f"# from step {step}: {loop.NOT_IDENTICAL}: {'; '.join(changed)}\n"
+    files.atomic_write(file, file.read_text("utf-8") + label)
 
 
 def _start(
@@ -139,8 +199,10 @@ def _start(
     on_event({"event": "summary", "text": attached.summary(), "trainable": attached.adapter.num_parameters()})
     state = _prepare(attached, tokenizer, config, output, on_event)
     samples_before = sample(state.causal.model, tokenizer, state.validation.documents)
-    with files.staged_directory(output) as staging:
-        files.atomic_write(staging / RUN_FILE, dump(resolved))
+    if not (output / RUN_FILE).exists():  # it does where a run ended before its first checkpoint
+        with files.staged_directory(output) as staging:
+            files.atomic_write(staging / RUN_FILE, dump(resolved))
+            files.atomic_write(staging / LEDGER, ledger_lines(state.train, state.validation))
     return _finish(state, tokenizer, on_event, before=0, samples_before=samples_before)
 
 
@@ -149,14 +211,14 @@ def _prepare(
 ) -> Run:
     """Makes everything a run needs, and writes nothing."""
     model: Any = attached.model
-    encoder = Encoder(tokenizer, _context_length(model))
-    training, validation = _datasets(config.data, encoder)
-    _check_ids(model, training, validation)
-    causal = CausalModel(model)
+    data = config.data
+    encoder = Encoder(tokenizer, _context_length(model), train_on=data.train_on, long=data.long)
+    training, validation = load_datasets(data, encoder, cache_root() / "tokens", _notifier(on_event))
+    check_ids(model.get_input_embeddings().num_embeddings, training, validation)
+    causal = CausalModel(model, recompute=config.train.recompute)
     for note in causal.notes:
         on_event({"event": "notice", "message": note})
-    watch.check_reached(causal, attached, training)
-    return Run(
+    state = Run(
         output=output,
         config=config.train,
         causal=causal,
@@ -164,43 +226,13 @@ def _prepare(
         optimizer=Optimizer(attached.adapter, config.train),
         train=training,
         validation=validation,
-        identity=identity.identity(attached, tokenizer, config, training, validation),
+        identity=identity.identity(attached, tokenizer, config, training, validation)
+        | {"rows": data.model_dump(include={"format", "columns", "train_on", "long"})},
         on_event=on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-
-
-def _check_ids(model: Any, *datasets: Dataset) -> None:
-    """A tokenizer may know a token more than the embedding has rows (Gemma 3's image token); no row may use it."""
-    rows: int = model.get_input_embeddings().num_embeddings
-    for dataset in datasets:
-        for document, source in zip(dataset.documents, dataset.sources, strict=True):
-            if document.input_ids.max() >= rows:
-                raise DataError(
-                    f"{source}: token {document.input_ids.max()} is not in the model, which has {rows:,} tokens."
-                )
-
-
-def _datasets(config: DataConfig, encoder: Encoder) -> tuple[Dataset, Dataset]:
-    training = load_dataset(config.train, encoder, config.format)
-    if config.validation is None:
-        return _held_out(training)
-    validation = load_dataset(config.validation, encoder, config.format)
-    if len(validation) < 2:
-        raise DataError(f"{config.validation} holds one row; an evaluation with an interval needs two. Add rows.")
-    return training, validation
-
-
-def _held_out(rows: Dataset) -> tuple[Dataset, Dataset]:
-    """Holds out 5%; of few rows the smallest larger share that gives the two that an interval needs."""
-    for share in (0.05, 0.1, 0.2, 0.5, 1.0):
-        training, validation = hold_out(rows, share)
-        if len(validation) > 1:
-            return training, validation
-    raise DataError(
-        f"{rows.sources[0]}: {len(rows)} rows are too few to hold out two for evaluation. "
-        "Add rows, or give a validation file."
-    )
+    rehearse(state)
+    return state
 
 
 def _finish(
@@ -227,12 +259,16 @@ def _finish(
         status = loop.train(state)
         loop.use_best(state)
         samples_after = sample(state.causal.model, tokenizer, state.validation.documents)
-        _write_adapter(state, tokenizer)
+        with loop.saying_what_is_saved(state):
+            _write_adapter(state, tokenizer)
+            _write_samples(state.output, samples_before, samples_after)
+            _write_evaluations(state)
+            write_report(state.output)
     finally:
         state.causal.close()
-    _write_samples(state.output, samples_before, samples_after)
     seconds = time.perf_counter() - started
-    on_event({"event": "end", "status": status, "steps": state.step, "output": str(state.output), "seconds": seconds})
+    end = {"event": "end", "status": status, "steps": state.step, "output": str(state.output), "seconds": seconds}
+    on_event({**end, "label": loop.NOT_IDENTICAL} if state.continued else end)
     return RunResult(
         output=state.output,
         status=status,
@@ -243,6 +279,22 @@ def _finish(
         samples_after=samples_after,
         seconds=seconds,
     )
+
+
+def _write_evaluations(state: Run) -> None:
+    """Writes the loss of every held-out row at each evaluation, so that runs on the same rows can be paired."""
+    path = state.output / EVALUATIONS
+    before: dict[str, Any] = json.loads(path.read_bytes())["losses"] if path.exists() else {}
+    now = {str(step): list(each.document_losses) for step, each in state.evaluations.items()}
+    labels = [document.num_labels for document in state.validation.documents]
+    files.write_json(path, {"digest": state.validation.digest, "labels": labels, "losses": before | now})
+
+
+def write_report(run: Path, language: str | None = None) -> Path:
+    """Writes a run's page, report.html, in English or Ukrainian ("en", "uk"; None: the system's); returns its path."""
+    page = run / REPORT
+    files.atomic_write(page, run_page(run, language or run_texts.language()))
+    return page
 
 
 def _write_samples(output: Path, before: tuple[Sample, ...], after: tuple[Sample, ...]) -> None:
@@ -262,7 +314,9 @@ def _write_adapter(state: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     with files.staged_directory(state.output / "adapter", replace=True) as staging:
         peft_format.write_into(staging, config, tensors, adapter.base)
         tokenizer.save_pretrained(str(staging))
-        files.write_json(staging / ABOUT, {"data_kind": state.train.kind, "steps": state.step, "best": state.best})
+        about = {"data_kind": state.train.kind, "steps": state.step, "best": state.best}
+        about |= {"label": loop.NOT_IDENTICAL, "continued": state.continued} if state.continued else {}
+        files.write_json(staging / ABOUT, about)
         files.atomic_write(staging / "README.md", _model_card(base, state))
         write_terms(staging, base)
 

@@ -3,11 +3,21 @@
 Each class is also the standard exception it refines, so `except ValueError` keeps working.
 """
 
+import re
+
+_SECRET = re.compile(
+    r"\b(hf_|api_org_|sk-|gh[opsu]_|github_pat_|glpat-)[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"  # keys of hubs and services
+    r"|(?<=://)[^/\s@]+(?=@)"  # user and password in an address
+)
+
 
 class LoratuneError(Exception):
-    """Base of all errors that loratune raises on purpose."""
+    """Base of all errors that loratune raises on purpose; a key given by mistake is not shown again."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return _SECRET.sub("***", super().__str__())
 
 
 class ConfigError(LoratuneError, ValueError):

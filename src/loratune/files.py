@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from loratune.errors import ConfigError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_LEFTOVER = re.compile(r"\..+\.(tmp|old|removed)")  # the names that writers here use before and after the real one
 _BLOCK_BYTES = 1 << 20
 
 
@@ -70,10 +71,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     make_directory(path.parent)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            _write(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -83,6 +85,12 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     sync_directory(path.parent)
 
 
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # the system may take less than it is given
+        rest = rest[os.write(descriptor, rest) :]
+
+
 def open_new(path: Path) -> BinaryIO:
     """Opens a file that must not exist yet, for content too large to hold; a staged directory flushes and names it."""
     return path.open("xb")
@@ -90,13 +98,21 @@ def open_new(path: Path) -> BinaryIO:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON with sorted keys and a final newline; NaN and infinity are refused."""
-    atomic_write(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Returns what `write_json` writes: the same bytes for the same value."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def make_directory(path: Path) -> None:
-    """Creates a directory and its parents; a path that cannot be created is a ConfigError."""
+    """Creates a directory and its parents, on disk; a path that cannot be created is a ConfigError."""
     try:
+        missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            sync_directory(each.parent)
     except OSError as error:
         raise ConfigError(f"cannot create the directory {path}: {error.strerror}. Choose another place.") from error
 
@@ -120,26 +136,31 @@ def staged_directory(target: Path, *, replace: bool = False) -> Generator[Path]:
                 os.chmod(Path(folder, name), 0o666 & ~_umask())  # safetensors writes files only their owner can read
                 sync_file(Path(folder, name))
             sync_directory(Path(folder))
-        _swap_in(staging, target)
+        aside = _swap_in(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     sync_directory(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _swap_in(staging: Path, target: Path) -> None:
+def _swap_in(staging: Path, target: Path) -> Path | None:
+    """Renames a directory to its name; returns where the one that had that name now is, with nothing of it lost."""
     if not target.exists():
         os.rename(staging, target)
-        return
+        return None
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, aside / target.name)
     try:
+        os.rename(target, aside / target.name)
         os.rename(staging, target)
     except BaseException:
-        os.rename(aside / target.name, target)
+        if not target.exists():
+            os.rename(aside / target.name, target)
+        with suppress(OSError):
+            aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def remove_directory(path: Path) -> None:
@@ -151,8 +172,15 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(aside)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that died have left in a folder that nobody else writes into now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 class JsonLines:
-    """An append-only file of one JSON object a line, each line flushed as it is written.
+    """An append-only file of one JSON object a line, each line with the system as soon as it is written.
 
     `keep` cuts the file back to its first lines, so that a resumed run holds each step exactly once.
     """
@@ -166,21 +194,23 @@ class JsonLines:
             self.count = min(keep, len(lines))
         else:
             self.count = 0
-        self._file = path.open("ab")
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        sync_directory(path.parent)
 
     def write(self, value: dict[str, Any]) -> None:
         """Appends one object; a value that is not finite is a bug of the caller and raises ValueError."""
-        self._file.write((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        _write(self._descriptor, (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
         self.count += 1
 
     def sync(self) -> None:
         """Flushes what was written to disk."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._descriptor)
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor)
 
 
 def free_bytes(path: Path) -> int:

@@ -2,14 +2,11 @@
 
 import gzip
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from loratune.data.rows import FORMATS, read_rows
+from loratune.data.rows import read_rows, write_rows
 from loratune.errors import ConfigError, DataError
 
 GOOD = '{"prompt": "Яка столиця?", "completion": " Київ"}'
@@ -51,18 +48,37 @@ def test_a_byte_order_mark_is_tolerated_at_the_start_only(tmp_path: Path) -> Non
         ('{"text": "a", "text": "b"}', "the key 'text' stands twice"),
         (
             '{"question": "a"}',
-            "unknown format: found the keys 'question'; expected prompt and completion, or messages, or",
+            r"a prompt_completion row needs 'prompt' and 'completion'\.",
         ),
         ('{"prompts": "a", "completion": "b"}', "Did you mean 'prompt' by 'prompts'?"),
-        ("{}", "unknown format: found the keys none"),
-        ('{"prompt": "a", "completion": "b", "text": "c"}', "fit two formats, prompt_completion and text"),
+        ("{}", "a prompt_completion row needs 'prompt' and 'completion'"),
+        ('{"prompt": "a", "completion": "b", "text": "c"}', "unknown key 'text' in a prompt_completion row"),
+        ('{"text": "a", "source": "b"}', "this row is text, but the file's rows are prompt_completion; use one format"),
+        ('{"prompt": "a", "completion": 1e999}', "1e999 is beyond the range of a number"),
+        ('{"prompt": "a", "completion": "b", "' + "k" * 1000 + '": 1}', "unknown key 'kkk"),
+        ('{"prompt": ["a"], "completion": "b"}', "message 1 of the prompt is a string"),
         ('{"prompt": "a", "completion": "b", "system": "c"}', "unknown key 'system' in a prompt_completion row"),
         ('{"prompt": 1, "completion": "b"}', "prompt is a number, 1; expected a string"),
         ('{"prompt": "a", "completion": null}', "completion is null, null; expected a string"),
         ('{"prompt": "a", "completion": " \\n"}', "completion is empty"),
-        ('{"text": ""}', "text is empty"),
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ('{"text": "a' + "\t" + 'b"}', "Invalid control character"),
+        (CHAT, "this row is messages, but the file's rows are prompt_completion"),
+        ('{"text": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"messages": ' + "[" * 900 + "]" * 900 + "}", "nested more than 64 levels"),
+    ],
+)
+def test_a_bad_line_stops_with_file_line_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+    file = write(tmp_path, GOOD, "", line)
+    with pytest.raises(DataError, match=rf"^{file}:3: .*{reason}") as caught:
+        read_rows(file)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
         ('{"messages": "hello"}', 'messages is a string, "hello"; expected a list'),
         ('{"messages": []}', "messages is an empty list"),
         ('{"messages": [3]}', "message 1 is a number, 3; expected an object"),
@@ -74,16 +90,25 @@ def test_a_byte_order_mark_is_tolerated_at_the_start_only(tmp_path: Path) -> Non
         (CHAT.replace('"b"', '""'), r"message 2 \(assistant\) is empty"),
         (CHAT.replace('"a"', '["a"]'), r"message 1 \(user\) is a list"),
         (CHAT[:-1] + ', "tools": [1]}', "tool 1 is a number, 1; expected an object"),
-        (CHAT, "this row is messages, but line 1 is prompt_completion"),
-        ('{"text": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
-        ("[" * 100_000, "nested too deeply"),
-        ('{"messages": ' + "[" * 900 + "]" * 900 + "}", "nested more than 64 levels"),
+        ('{"messages": "[1"}', "messages is a string that is not JSON: not valid JSON at column 3"),
+        (CHAT.replace('"b"', "null"), r"message 2 \(assistant\) is null"),
+        (CHAT.replace('"b"', '"b", "train": "no"'), "has train: 'no'; expected true or false"),
+        (CHAT.replace('"b"', '"b", "weight": 0.5'), r"has the weight 0.5; expected 0 \(not trained on\) or 1"),
+        (CHAT.replace('"b"', '"b", "weight": 1, "train": true'), "has both train and weight"),
+        (CHAT.replace('"b"', '"b", "train": false'), "every assistant's message has train: false"),
+        (CHAT.replace('"b"', '"b", "loss": 1'), r"'loss'; expected role and content \(and tool_calls, train, weight\)"),
+        (CHAT.replace('"a"', '"a", "weight": 1'), r"message 1 has the keys .*; expected role and content\."),
+        (CHAT.replace('"b"', 'null, "tool_calls": [{"id": "1"}]'), "call 1 has no name of a function"),
+        (
+            CHAT.replace('"b"', 'null, "tool_calls": [{"name": "f", "arguments": "{x"}]'),
+            "call 1: arguments is a string that is not JSON",
+        ),
+        (CHAT.replace('"a"', '[{"type": "image_url", "image_url": "x"}]'), "a part of the type 'image_url'; only text"),
     ],
 )
-def test_a_bad_line_stops_with_file_line_and_reason(tmp_path: Path, line: str, reason: str) -> None:
-    file = write(tmp_path, GOOD, "", line)
-    with pytest.raises(DataError, match=rf"^{file}:3: .*{reason}") as caught:
-        read_rows(file)
+def test_a_bad_conversation_stops_with_file_line_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: .*{reason}") as caught:
+        read_rows(write(tmp_path, CHAT, line))
     assert len(str(caught.value)) < 400
 
 
@@ -102,10 +127,8 @@ def test_empty_missing_and_unknown(tmp_path: Path) -> None:
         read_rows(write(tmp_path, "", "  "))
     with pytest.raises(ConfigError, match="No such file"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match="Is a directory"):
-        read_rows(tmp_path)
-    with pytest.raises(ConfigError, match="unknown data format 'alpaca'; expected one of prompt_completion"):
-        read_rows(write(tmp_path, GOOD), format="alpaca")
+    with pytest.raises(ConfigError, match="unknown data format 'alpacca'; expected one of prompt_completion"):
+        read_rows(write(tmp_path, GOOD), format="alpacca")
 
 
 def test_a_named_format_settles_an_ambiguous_row(tmp_path: Path) -> None:
@@ -122,25 +145,22 @@ def test_the_hasher_sees_the_bytes_of_the_file(tmp_path: Path) -> None:
     assert state.hexdigest() == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
-)
-keys = st.sampled_from(["prompt", "completion", "text", "messages", "tools", "role", "content", "id"]) | st.text()
-objects = st.dictionaries(keys, values | st.text(min_size=1), max_size=4)
-
-
-@given(lines=st.lists(objects.map(json.dumps) | st.text() | st.binary() | st.just(GOOD), max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_give_rows_or_one_located_error(tmp_path: Path, lines: list[str | bytes]) -> None:
-    encoded = [line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass") for line in lines]
-    file = write(tmp_path, *encoded)
-    content = file.read_bytes().split(b"\n")
-    try:
-        rows = read_rows(file)
-    except DataError as error:
-        assert str(error).startswith(str(file))
-    else:
-        filled = [n for n, line in enumerate(content, 1) if line.removeprefix(b"\xef\xbb\xbf").strip()]
-        assert [row.line for row in rows] == filled
-        assert all(set(FORMATS[row.kind].required) <= row.value.keys() for row in rows)
+def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, GOOD, GOOD.replace("Київ", "Львів")))
+    assert write_rows(tmp_path / "same.jsonl", rows) == 2
+    assert (tmp_path / "same.jsonl").read_text("utf-8").splitlines()[0] == GOOD
+    write_rows(tmp_path / "chat.jsonl", rows, "messages")
+    assert read_rows(tmp_path / "chat.jsonl")[1].value["messages"] == [
+        {"role": "user", "content": "Яка столиця?"},
+        {"role": "assistant", "content": " Львів"},
+    ]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"rows.jsonl:1: a prompt_completion row cannot be written as text"):
+        write_rows(tmp_path / "text.jsonl", rows, "text")
+    with pytest.raises(ConfigError, match="expected one of messages, prompt_completion, text"):
+        write_rows(tmp_path / "text.jsonl", rows, "alpaca")
+    with pytest.raises(ConfigError, match=r"same.jsonl: it exists already"):
+        write_rows(tmp_path / "same.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"it does not end with .jsonl"):
+        write_rows(tmp_path / "same.csv", rows)
+    assert sorted(tmp_path.iterdir()) == before

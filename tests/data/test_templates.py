@@ -40,7 +40,8 @@ def conversations(draw: Callable[..., Any]) -> Messages:
 
 
 def encode(name: str, messages: Messages, **more: Any) -> Document:
-    return ENCODERS[name].encode(Row("chat.jsonl", 3, "messages", {"messages": messages, **more}))
+    [document] = ENCODERS[name].encode(Row("chat.jsonl", 3, "messages", {"messages": messages, **more}))
+    return document
 
 
 def runs(document: Document) -> list[list[int]]:
@@ -123,7 +124,6 @@ NO_END = CHATML.replace("<|im_end|>\n", "\n\n")
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (THINKS_LAST, TWO_TURNS, r"message 2 \(assistant\) cannot be masked exactly: .* rewrites the turn once"),
         (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>bot\n"), TWO_TURNS, "generation prompt and its own"),
         (CHATML, [ASK, {"role": "assistant", "content": "\n\n\nyes"}], "a token spans the turn's boundary"),
         (CHATML.replace("message['content']", "message['content'][:2]"), TWO_TURNS, "or rewrites message 2"),
@@ -150,23 +150,40 @@ def test_what_cannot_be_masked_exactly_is_refused(template: str, messages: Messa
 
 def test_a_template_that_reads_only_the_last_turn_may_still_be_trained_on_one() -> None:
     tokenizer = build(replace(FAMILIES["chatml"], template=THINKS_LAST))
-    document = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": [ASK, ANSWER]}))
+    [document] = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": [ASK, ANSWER]}))
     assert [tokenizer.decode(run) for run in runs(document)] == ["(thinks) yes<|im_end|>"]
 
 
-def test_a_template_without_end_tokens_gets_one_after_the_last_turn() -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_a_document_for_each() -> None:
+    tokenizer = build(replace(FAMILIES["chatml"], template=THINKS_LAST))
+    encoder = Encoder(tokenizer, None)
+    documents = encoder.encode(Row("f", 1, "messages", {"messages": TWO_TURNS}))
+    assert [[tokenizer.decode(run) for run in runs(document)] for document in documents] == [
+        ["(thinks) yes<|im_end|>"],
+        ["(thinks) so<|im_end|>"],
+    ]
+    assert "yes<|im_end|>" in tokenizer.decode(documents[1].input_ids)  # the history, without its thought
+    silent = [ASK, ANSWER | {"train": False}, *TWO_TURNS[2:]]
+    whole = Encoder(tokenizer, None, train_on="all")
+    with pytest.raises(DataError, match=r'message 2 \(assistant\) cannot be told apart: .*train_on="completion"'):
+        whole.encode(Row("f", 1, "messages", {"messages": silent}))
+    assert len(encoder.encode(Row("f", 1, "messages", {"messages": silent}))) == 1
+
+
+def test_a_template_without_end_tokens_gets_one_after_each_trained_turn() -> None:
     tokenizer = build(replace(FAMILIES["chatml"], template=NO_END))
-    document = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": TWO_TURNS}))
-    assert [tokenizer.decode(run) for run in runs(document)] == ["yes\n\n", "so\n\n<|im_end|>"]
-    trailing = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": [*TWO_TURNS, ASK]}))
-    assert tokenizer.eos_token_id not in trailing.input_ids
+    for messages in (TWO_TURNS, [*TWO_TURNS, ASK]):
+        documents = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": messages}))
+        found = [[tokenizer.decode(run) for run in runs(document)] for document in documents]
+        assert found == [["yes\n\n<|im_end|>"], ["so\n\n<|im_end|>"]]
+        assert [document.input_ids.tolist().count(tokenizer.eos_token_id) for document in documents] == [1, 1]
 
 
 def test_the_begin_token_is_added_only_where_the_template_did_not() -> None:
     without = build(replace(FAMILIES["llama3"], template=LLAMA3.replace("{{- bos_token -}}", "")))
     row = Row("f", 1, "messages", {"messages": TWO_TURNS})
-    document = Encoder(without, None).encode(row)
-    assert document.input_ids.tolist() == ENCODERS["llama3"].encode(row).input_ids.tolist()
+    [document] = Encoder(without, None).encode(row)
+    assert document.input_ids.tolist() == ENCODERS["llama3"].encode(row)[0].input_ids.tolist()
 
 
 def test_tools_reach_the_template_or_are_refused() -> None:
@@ -176,7 +193,7 @@ def test_tools_reach_the_template_or_are_refused() -> None:
     with pytest.raises(DataError, match="the plain template has no place for tools"):
         encode("plain", TWO_TURNS, tools=tools)
     tokenizer = build(replace(FAMILIES["chatml"], template="{{ (tools | tojson + '\n') if tools else '' }}" + CHATML))
-    document = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": TWO_TURNS, "tools": tools}))
+    [document] = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": TWO_TURNS, "tools": tools}))
     assert '"name": "weather"' in tokenizer.decode(document.input_ids)
     assert [tokenizer.decode(run) for run in runs(document)] == ["yes<|im_end|>", "so<|im_end|>"]
 
@@ -185,3 +202,46 @@ def test_a_template_cannot_reach_python() -> None:
     tokenizer = build(replace(FAMILIES["chatml"], template="{{ messages.__class__.__mro__[1].__subclasses__() }}"))
     with pytest.raises(DataError, match="refuses the messages: access to attribute '__class__'"):
         Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": TWO_TURNS}))
+
+
+def test_a_template_that_drops_tool_calls_is_refused() -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Kyiv"}}}
+    messages = [ASK, {"role": "assistant", "content": "let me see", "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"leaves out or rewrites message 2 \(assistant\)"):
+        encode("chatml", messages)
+    shows = CHATML.replace("message['content']", "message['content'] + (message.tool_calls | default('') | tojson)")
+    tokenizer = build(replace(FAMILIES["chatml"], template=shows))
+    [document] = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": messages}))
+    assert '"name": "weather"' in tokenizer.decode(runs(document)[0])
+
+
+def test_a_row_of_which_nothing_is_trained_is_refused() -> None:
+    messages = [ASK, ANSWER | {"train": False}]
+    for train_on in ("completion", "last"):
+        with pytest.raises(DataError, match=r"^f:1: no token of the row would be trained"):
+            Encoder(tokenizer_of("gemma"), None, train_on=train_on).encode(
+                Row("f", 1, "messages", {"messages": messages})
+            )
+    [document] = Encoder(tokenizer_of("gemma"), None, train_on="all").encode(
+        Row("f", 1, "messages", {"messages": messages})
+    )
+    shown = [tokenizer_of("gemma").decode(run) for run in runs(document)]
+    assert shown == ["<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n", "\n"]
+
+
+def test_named_templates_are_chosen_as_transformers_does() -> None:
+    tokenizer = build(FAMILIES["chatml"])
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools | tojson }}\n" + CHATML}
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    encoder = Encoder(tokenizer, None)
+    rows = [
+        Row("f", i, "messages", {"messages": TWO_TURNS} | more) for i, more in enumerate([{}, {"tools": tools}, {}])
+    ]
+    texts = [tokenizer.decode(encoder.encode(row)[0].input_ids) for row in rows]
+    assert ["weather" in text for text in texts] == [False, True, False]
+    assert [encoder.encode(row)[0].input_ids.tolist() for row in rows] == [
+        result[0].input_ids.tolist() for result in encoder.encode_many(rows) if not isinstance(result, DataError)
+    ]
+    tokenizer.chat_template = {"tool_use": CHATML}
+    with pytest.raises(DataError, match="the tokenizer has no chat template for the row"):
+        encoder.encode(rows[0])

@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 
 from loratune.adapter.config import BIASES, TASK_TYPES, LoraConfig
 from loratune.adapter.roles import PRESETS
+from loratune.data.encode import LONG, TRAIN_ON
+from loratune.data.formats import FORMATS
 from loratune.errors import ConfigError
 from loratune.train.config import (
     SECTIONS,
     AdapterConfig,
     Bias,
+    Format,
+    Long,
     Preset,
     RunConfig,
     TaskType,
+    TrainOn,
     adapter_overrides,
     dump,
     load_run_config,
@@ -100,8 +105,9 @@ def test_arguments_of_a_function_are_not_called_flags() -> None:
 
 
 UNKNOWN_TRAIN_KEYS = (
-    "epochs, max_steps, batch_size, micro_batch_tokens, learning_rate, warmup_steps, max_grad_norm, weight_decay, "
-    "lr_ratio, adam_beta1, adam_beta2, adam_epsilon, seed, eval_every, save_every, keep, allow_uneven"
+    "epochs, max_steps, batch_size, micro_batch_tokens, recompute, learning_rate, warmup_steps, max_grad_norm, "
+    "weight_decay, lr_ratio, adam_beta1, adam_beta2, adam_epsilon, seed, eval_every, save_every, keep, "
+    "patience, allow_uneven"
 )
 
 
@@ -168,7 +174,8 @@ def test_refused_with_file_and_line(write: Any, content: str, message: str) -> N
 def test_flags_are_refused_under_their_own_name() -> None:
     overrides = {**MINIMAL, "train.batch_size": -2, "data.train": ""}
     assert refusal(None, overrides) == (
-        "--data: data.train is ''; expected text (in quotes if it looks like a number).\n"
+        "--data: data.train is ''; expected text (in quotes if it looks like a number), or a mapping of files to "
+        "weights of at least 1.\n"
         "--batch-size: train.batch_size is -2; expected a whole number, at least 1."
     )
 
@@ -221,6 +228,11 @@ data:
   train: "Мої дані.jsonl"  # --data
   validation: null  # default
   format: null  # default
+  columns: null  # default
+  reject: false  # default
+  train_on: completion  # default
+  long: stop  # default
+  cache: true  # default
 adapter:
   preset: quality  # run.yaml:2
   r: 16  # preset quality
@@ -247,6 +259,7 @@ train:
   max_steps: null  # default
   batch_size: 8  # default
   micro_batch_tokens: 2048  # default
+  recompute: false  # default
   learning_rate: 0.0005  # run.yaml:3
   warmup_steps: null  # default
   max_grad_norm: 1.0  # default
@@ -259,6 +272,7 @@ train:
   eval_every: null  # default
   save_every: null  # default
   keep: 2  # default
+  patience: null  # default
   allow_uneven: false  # default
 output: "yes"  # run.yaml:4
 """
@@ -278,8 +292,14 @@ def test_the_dump_holds_every_value_with_its_origin(write: Any) -> None:
 text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30)
 number = st.floats(1e-12, 1e6)
 OVERRIDES = st.fixed_dictionaries(
-    {"model": text, "data.train": text, "output": text},
+    {
+        "model": text,
+        "data.train": text | st.dictionaries(text, st.floats(1, 1e6), min_size=1, max_size=3),
+        "output": text,
+    },
     optional={
+        "data.columns": st.dictionaries(text, text, max_size=2),
+        "data.reject": st.booleans(),
         "adapter.target_modules": st.lists(text, min_size=1, max_size=3),
         "adapter.alpha_pattern": st.dictionaries(st.from_regex(r"[a-z_.]{1,9}", fullmatch=True), number),
         "adapter.r": st.integers(1, 512),
@@ -316,6 +336,22 @@ def test_the_adapter_section_knows_every_setting_of_the_adapter() -> None:
     assert set(get_args(Preset)) == set(PRESETS)
     assert set(get_args(Bias)) == set(BIASES)
     assert set(get_args(TaskType)) == set(TASK_TYPES)
+
+
+def test_the_data_section_knows_the_formats_and_choices_of_the_data() -> None:
+    assert set(get_args(Format)) <= set(FORMATS)
+    assert get_args(TrainOn) == TRAIN_ON
+    assert get_args(Long) == LONG
+
+
+def test_several_sources_have_weights(write: Any) -> None:
+    sources = "model: m\noutput: o\ndata:\n  train:\n    chats.jsonl: 2\n    replay.jsonl#500: 1.5\n"
+    data = load_run_config(write(sources), {}).config.data
+    assert data.train == {"chats.jsonl": 2, "replay.jsonl#500": 1.5} and data.specs == list(data.train)
+    expected = "text (in quotes if it looks like a number), or a mapping of files to weights of at least 1."
+    for bad, found in (("{a.jsonl: 0.5}", "a mapping"), ("{}", "a mapping"), ("[a.jsonl]", "a list")):
+        message = refusal(write(f"model: m\noutput: o\ndata:\n  train: {bad}\n"))
+        assert message.startswith("run.yaml:4: data.train is ") and message.endswith(f"expected {expected}"), found
 
 
 def test_the_configuration_cannot_be_changed_afterwards() -> None:

@@ -145,6 +145,34 @@ def test_the_best_checkpoint_is_kept_and_used(tmp_path: Path) -> None:
     assert found.loss == best["loss"]
 
 
+def test_a_run_that_learnt_nothing_says_so(tmp_path: Path) -> None:
+    """The untuned model is made out to be better than it is."""
+    run = make_run(tmp_path, rows=8, epochs=2, learning_rate=0.05)
+    run.course.start = lambda before, batch_size: None  # pyright: ignore
+    run.course.untuned = 1.0
+    loop.train(run)
+    message = lines_of(run.output / loop.METRICS, "notice")[-1]["message"]
+    assert message.startswith("nothing was learnt: the best held-out loss") and "the untuned model's 1.0000" in message
+
+
+def test_a_run_that_gets_no_better_is_ended_with_patience(tmp_path: Path) -> None:
+    """It ends where it says, keeps what it had at its best, and stays ended when it is taken up again."""
+    settings: dict[str, Any] = {"rows": 8, "epochs": 60, "learning_rate": 0.05, "eval_every": 5, "keep": 1}
+    run = make_run(tmp_path, patience=3, **settings)
+    assert loop.train(run) == "done"
+    evaluated = lines_of(run.output / loop.METRICS, "evaluation")[1:]
+    best = min(evaluated, key=lambda line: line["loss"])
+    assert evaluated[-4] == best and evaluated[-1]["step"] == run.step == best["step"] + 15 < run.num_steps
+    assert lines_of(run.output / loop.METRICS, "notice")[-1]["message"] == (
+        "stopped early: the held-out loss has not fallen for 3 evaluations"
+    )
+    again = make_run(tmp_path, patience=3, **settings)
+    loop.restore(again, checkpoint.newest(run.output)[0])
+    assert loop.train(again) == "done" and again.step == run.step
+    loop.use_best(again)
+    assert loop.evaluate(again.causal, again.validation.documents, 2048).loss == best["loss"]
+
+
 @pytest.mark.parametrize(("keep", "kept"), [(1, [6]), (3, [3, 4, 5, 6]), (10, [1, 2, 3, 4, 5, 6])])
 def test_as_many_checkpoints_stay_as_asked_for(tmp_path: Path, keep: int, kept: list[int]) -> None:
     """Evaluated after steps 3 and 6: step 3 is the best so far of 4 and 5, which may be fallen back to."""

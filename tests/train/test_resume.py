@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 from loratune import api
+from loratune.cli import main
 from loratune.errors import CheckpointError, ConfigError
-from loratune.train import checkpoint
+from loratune.train import checkpoint, loop
 from loratune.train.config import load_run_config
-from tiny_run import copy_rows, lines_of, save_model, tree, write_rows
+from loratune.train.loop import NOT_IDENTICAL
+from loratune.train.optim import Optimizer
+from tiny_run import copy_rows, lines_of, make_run, save_model, tree, write_rows
 
 STEPS = 12  # two epochs of 48 rows
 TIMES = {"seconds", "step_seconds", "tokens_per_second", "seconds_left", "memory_bytes"}
@@ -279,6 +283,146 @@ def test_every_kind_of_adapter_is_resumed(project: Project, tmp_path: Path, adap
     found, expected = content(run / "adapter"), content(whole / "adapter")
     assert [name for name in found if found[name] != expected[name]] == []
     assert untimed(run) == untimed(whole)
+
+
+def test_what_has_changed_is_allowed_and_said(project: Project, tmp_path: Path) -> None:
+    """In the metrics, the run's file, the adapter's record, the events and the checkpoints; a second time as well."""
+    run = stopped(project, tmp_path / "run")
+    change_rate(project, run)
+    events: list[dict[str, Any]] = []
+    result = api.resume(run, events.append, allow_changed=True)
+    assert (result.status, result.steps) == ("done", STEPS)
+    label = {"step": 3, "changed": ["train.learning_rate was 0.01, is 0.02"]}
+    assert lines_of(run / "metrics.jsonl", NOT_IDENTICAL) == [{"event": NOT_IDENTICAL, **label}]
+    assert [line["step"] for line in lines_of(run / "metrics.jsonl", "step")] == list(range(1, STEPS + 1))
+    text = (run / "run.yaml").read_text()
+    assert text.endswith("# from step 3: continued, not identical: train.learning_rate was 0.01, is 0.02\n")
+    about = json.loads((run / "adapter" / "loratune.json").read_text())
+    assert (about["label"], about["continued"]) == ("continued, not identical", [label])
+    assert events[-1]["event"] == "end" and events[-1]["label"] == "continued, not identical"
+    saved, _ = checkpoint.newest(run)
+    assert saved.state["continued"] == [label]
+    assert untimed(run)[:4] == untimed(project.whole)[:4] and untimed(run)[4:] != untimed(project.whole)[4:]
+    again: list[dict[str, Any]] = []
+    api.resume(run, again.append)  # what it was changed to is what it is
+    assert again[-1]["label"] == "continued, not identical" and checkpoint.newest(run)[0].state == saved.state
+
+
+@pytest.mark.parametrize(
+    ("changed", "best"),
+    [("train.seed was 0, is 1", {"step": 3, "loss": 1.0}), ("data.validation was a, is b", None), ("base_model", None)],
+)
+def test_what_was_measured_on_something_else_is_forgotten(tmp_path: Path, changed: str, best: Any) -> None:
+    run = make_run(tmp_path)
+    run.step, run.best, run.micro_batch_tokens = 5, {"step": 3, "loss": 1.0}, 64
+    loop.label_changed(run, [changed])
+    assert run.best == best and run.micro_batch_tokens == run.config.micro_batch_tokens
+    loop.label_changed(run, ["more"])
+    assert run.continued == [{"step": 5, "changed": [changed]}, {"step": 5, "changed": ["more"]}]
+
+
+def test_with_nothing_changed_nothing_is_labelled(project: Project, tmp_path: Path) -> None:
+    run = stopped(project, tmp_path / "run")
+    api.resume(run, allow_changed=True)
+    assert_same_bytes(run, project.whole)
+    assert "label" not in json.loads((run / "adapter" / "loratune.json").read_text())
+
+
+def test_another_adapter_cannot_be_allowed(project: Project, tmp_path: Path) -> None:
+    run = stopped(project, tmp_path / "run")
+    change_rank(project, run)
+    before = tree(run)
+    with pytest.raises(CheckpointError, match=r"q_proj\.A has shape \(16, 32\); expected \(8, 32\): another adapter"):
+        api.resume(run, allow_changed=True)
+    assert tree(run) == before
+
+
+def test_the_last_steps_are_repeated_and_compared(project: Project, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    project.run(run, at_step(5, signal.SIGINT))
+    events: list[dict[str, Any]] = []
+    api.resume(run, events.append, verify=True)
+    assert {"event": "notice", "message": "the last steps, from 4 to 5, were done again: the same bits"} in events
+    assert_same_bytes(run, project.whole)
+
+
+def test_steps_that_do_not_repeat_are_found(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that adds a last bit to one number of one gradient."""
+    run = tmp_path / "run"
+    project.run(run, at_step(5, signal.SIGINT))
+    before, clip = tree(run), Optimizer.clip
+
+    def unsteady(self: Optimizer) -> Any:
+        gradient = next(iter(self.parameters.values())).grad
+        assert gradient is not None
+        gradient.view(-1)[0] = torch.nextafter(gradient.view(-1)[0], torch.tensor(1.0))
+        return clip(self)
+
+    monkeypatch.setattr(Optimizer, "clip", unsteady)
+    with pytest.raises(CheckpointError, match=r"from step-000004 do not lead to step-000005 again: \d+ of \d+ tensors"):
+        api.resume(run, verify=True)
+    assert tree(run) == before
+
+
+def test_one_checkpoint_alone_cannot_be_verified(project: Project, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    project.run(run, at_step(1, signal.SIGINT))
+    with pytest.raises(CheckpointError, match=r"needs a complete checkpoint before .*step-000001; there is none"):
+        api.resume(run, verify=True)
+
+
+@pytest.fixture
+def relative(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder in which a run with relative paths was stopped; returns it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("model", "train.jsonl", "held.jsonl"):
+        (home / name).symlink_to(project.folder / name)
+    monkeypatch.chdir(home)
+    paths = {"model": "model", "data.train": "train.jsonl", "data.validation": "held.jsonl"}
+    project.run(Path("runs/first"), at_step(3, signal.SIGINT), **paths)
+    return home
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_is_resumed_from_another_directory(
+    project: Project, relative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    """By the command line; also after the whole project has moved."""
+    home = relative.rename(tmp_path / "elsewhere") if moved else relative
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert main.run(["train", "--resume", os.path.relpath(home / "runs" / "first")]) == 0
+    assert Path.cwd() == tmp_path / "other" and list(Path.cwd().iterdir()) == []
+    assert untimed(home / "runs" / "first") == untimed(project.whole)
+
+
+def test_the_library_says_where_to_resume_from(relative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"its paths are relative to {relative}\. Resume from that directory"):
+        api.resume(relative / "runs" / "first")
+
+
+@pytest.mark.parametrize("output", ["/a/b", "../runs/first", "runs/second"])
+def test_a_place_that_is_not_known_is_not_guessed(relative: Path, output: str) -> None:
+    edit(relative / "runs" / "first", r"output: .*", f"output: {output}")
+    assert api.working_directory(relative / "runs" / "first") is None
+
+
+@pytest.mark.parametrize("flag", ["--allow-changed", "--verify-resume"])
+def test_what_belongs_to_resume_is_refused_without_it(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["train", flag]) == 2
+    assert "belong to --resume RUN, which is not given" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_part_of_its_state_is_refused(project: Project, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    saved, _ = checkpoint.newest(project.whole)
+    for name in ("best", "stale", "micro_batch_tokens", "continued", "num_metrics", "course", "step"):
+        state = {key: value for key, value in saved.state.items() if key != name}
+        with pytest.raises(CheckpointError, match=rf"state\.json lacks {name}: another version wrote it"):
+            loop.restore(run, replace(saved, state=state))
+    assert run.step == 0 and run.optimizer.state() == {}
 
 
 def test_how_many_checkpoints_are_kept_may_change(project: Project, tmp_path: Path) -> None:

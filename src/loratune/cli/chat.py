@@ -68,7 +68,7 @@ class Pair:
         self.chats = chats
         opening = [{"role": "system", "content": system}] if system else []
         self.turns: tuple[list[dict[str, str]], list[dict[str, str]]] = (opening, list(opening))
-        self.stop_ids = self._turn_ends() if chats else None
+        self.stop_ids = self.encoder.turn_ends() if chats else None
 
     def ask(self, text: str) -> tuple[str, str]:
         """Returns the base model's answer and the tuned model's; raises DataError for a text that cannot be sent."""
@@ -85,12 +85,6 @@ class Pair:
         ids = self.encoder.prompt([*turns, {"role": "user", "content": text}] if self.chats else text)
         [answer] = generate(self.model, self.tokenizer, [ids], self.max_new_tokens, stop_ids=self.stop_ids)
         return text_of(self.tokenizer, answer)
-
-    def _turn_ends(self) -> set[int]:
-        """Returns the tokens that end an answer: the one that training put there, and end-of-sequence."""
-        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, spans = self.encoder.chat.conversation(example)
-        return {ids[spans[-1][1] - 1], self.encoder.eos_id}
 
 
 def _load(folder: Path, name: str, raw: bool, system: str | None, max_new_tokens: int) -> Pair:

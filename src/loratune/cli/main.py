@@ -7,27 +7,43 @@ at once. A verb returns its exit code. Nothing heavy is imported here: `loratune
 import json
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from loratune.cli import adapters, chat, demo, export, train
+from loratune.cli import adapters, chat, data, demo, doctor, explain, export, runs, train
 from loratune.errors import LoratuneError
 
 INTERRUPTED = 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer names only this subclass of it
 
+
+class _Verbs(typer.core.TyperGroup):
+    """Lists the verbs, and so their panels, in this order; typer puts those with verbs of their own last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
+_ORDER = ("demo", "explain", "doctor", "data", "train", "chat", "export", "adapters", "runs")
+
 app = typer.Typer(
     name="loratune",
+    cls=_Verbs,
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo", rich_help_panel="Learn")(demo.demo)
+app.command("explain", rich_help_panel="Learn")(explain.explain)
+app.command("doctor", rich_help_panel="Learn")(doctor.doctor)
+app.add_typer(data.app, name="data", rich_help_panel="Data and plan")
 app.command("train", rich_help_panel="Train")(train.train)
 app.command("chat", rich_help_panel="Use")(chat.chat)
 app.command("export", rich_help_panel="Use")(export.export)
 app.add_typer(adapters.app, name="adapters", rich_help_panel="Use")
+app.add_typer(runs.app, name="runs", rich_help_panel="Use")
 
 
 @app.callback(invoke_without_command=True)
@@ -83,5 +99,6 @@ def _report(error: Exception, message: str, exit_code: int, as_json: bool) -> in
         kind = type(error).__name__ if isinstance(error, LoratuneError) or exit_code == 1 else "UsageError"
         typer.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": exit_code}}))
     else:
-        typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+        shown = data.UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], message)  # it may quote a row of anybody's
+        typer.secho(f"error: {shown}", fg=typer.colors.RED, err=True)
     return exit_code

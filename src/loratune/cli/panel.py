@@ -277,10 +277,17 @@ def _evaluation_line(event: Event) -> str:
 
 def _end_line(event: Event) -> str:
     word = {"done": "done", "stopped": "stopped and saved"}.get(event["status"], event["status"])
-    return f"{word}: {event['steps']:,} steps in {duration(event['seconds'])}"
+    label = f" ({event['label']})" if event.get("label") else ""
+    return f"{word}{label}: {event['steps']:,} steps in {duration(event['seconds'])}"
+
+
+def _memory_line(event: Event) -> str:
+    now = f"micro-batches of {event['micro_batch_tokens']:,} tokens instead of {event['was']:,} from here on"
+    return f"memory ran out in step {event['step'] + 1}: {now}; the result is the same but for rounding"
 
 
 _LINES: dict[str, Callable[[Event], str]] = {
+    "memory": _memory_line,
     "notice": lambda event: f"note: {event['message']}",
     "summary": lambda event: str(event["text"]).rstrip(),
     "start": _start_line,

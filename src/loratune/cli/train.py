@@ -1,10 +1,12 @@
 """`loratune train`: one run, from a YAML file, flags, or both; or a stopped run taken up again."""
 
+from contextlib import chdir
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from loratune.cli.data import _mapping
 from loratune.cli.options import AsJson
 from loratune.errors import ConfigError
 
@@ -13,6 +15,10 @@ KEYS = {
     "model": "model",
     "data": "data.train",
     "validation": "data.validation",
+    "format": "data.format",
+    "train_on": "data.train_on",
+    "long": "data.long",
+    "reject": "data.reject",
     "output": "output",
     "preset": "adapter.preset",
     "r": "adapter.r",
@@ -29,6 +35,7 @@ KEYS = {
     "allow_uneven": "train.allow_uneven",
     "eval_every": "train.eval_every",
     "save_every": "train.save_every",
+    "patience": "train.patience",
 }
 
 
@@ -42,11 +49,31 @@ def train(
         Path | None, typer.Argument(metavar="RUN.YAML", help="The run's YAML file.", show_default=False)
     ] = None,
     model: Annotated[str | None, _option("Base model: folder, hub id or GGUF file.", "MODEL")] = None,
-    data: Annotated[str | None, _option("Training rows, JSON lines.", "FILE")] = None,
+    data: Annotated[str | None, _option("Training rows: a file, FILE#500, a folder, hub:NAME.", "FILE")] = None,
     validation: Annotated[str | None, _option("Rows to evaluate on (default: 5% held out).", "FILE")] = None,
     output: Annotated[str | None, _option("The run directory.", "DIR")] = None,
     resume: Annotated[Path | None, _option("Take up a stopped run where it was.", "RUN")] = None,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Resume with what has changed; the run is labelled so.")
+    ] = False,
+    verify_resume: Annotated[
+        bool, typer.Option("--verify-resume", help="Before it goes on, repeat the last steps and compare.")
+    ] = False,
     as_json: AsJson = False,
+    format: Annotated[str | None, _option("The rows' format, where their keys do not tell.", "NAME", "Data")] = None,
+    column: Annotated[
+        list[str] | None, _option("Which key is which column: prompt=question_text.", "COLUMN=KEY", "Data")
+    ] = None,
+    train_on: Annotated[str | None, _option("completion, all or last (default: completion).", "WHICH", "Data")] = None,
+    long: Annotated[
+        str | None, _option("Rows beyond the limit: stop, drop or split (default: stop).", "WHAT", "Data")
+    ] = None,
+    reject: Annotated[
+        bool | None,
+        typer.Option(
+            "--reject", help="Go on without the rows that cannot be used, and list them.", rich_help_panel="Data"
+        ),
+    ] = None,
     preset: Annotated[str | None, _option("fast, quality or deep (default: fast).", "NAME", "Adapter")] = None,
     r: Annotated[int | None, _option("Rank: how much new it can learn (default: 8).", "N", "Adapter")] = None,
     lora_alpha: Annotated[float | None, _option("Scale of its contribution (default: 2 r).", "N", "Adapter")] = None,
@@ -67,6 +94,7 @@ def train(
     seed: Annotated[int | None, _option("Of initial values, order and dropout (default: 0).", "N", "Training")] = None,
     eval_every: Annotated[int | None, _option("Steps between evaluations.", "N", "Training")] = None,
     save_every: Annotated[int | None, _option("Steps between checkpoints.", "N", "Training")] = None,
+    patience: Annotated[int | None, _option("Stop after N evaluations without a best.", "N", "Training")] = None,
     allow_uneven: Annotated[
         bool | None,
         typer.Option("--allow-uneven", help="Train a target that only some layers have.", rich_help_panel="Adapter"),
@@ -74,8 +102,12 @@ def train(
 ) -> int:
     """Tune a model on your rows. Flags override the YAML file; Ctrl-C saves, and --resume goes on from there."""
     given = {key: context.params[name] for name, key in KEYS.items() if context.params[name] is not None}
+    if column:
+        given["data.columns"] = _mapping(column, "--column", "prompt=question_text")
     if resume is not None:
-        return _resume(resume, config, given, as_json)
+        return _resume(resume, config, given, as_json, allow_changed=allow_changed, verify=verify_resume)
+    if allow_changed or verify_resume:
+        raise ConfigError("--allow-changed and --verify-resume belong to --resume RUN, which is not given.")
     if target_modules is not None:
         given["adapter.target_modules"] = _targets(target_modules)
     from loratune.train.config import load_run_config
@@ -89,7 +121,7 @@ def train(
     return exit_code(result)
 
 
-def _resume(run: Path, config: Path | None, given: dict[str, Any], as_json: bool) -> int:
+def _resume(run: Path, config: Path | None, given: dict[str, Any], as_json: bool, **how: bool) -> int:
     from loratune.train.config import flag_of
 
     extra = ([str(config)] if config else []) + [flag_of(key) for key in given]
@@ -100,8 +132,10 @@ def _resume(run: Path, config: Path | None, given: dict[str, Any], as_json: bool
     from loratune import api
     from loratune.cli.panel import Panel, exit_code
 
-    with Panel(str(run), as_json=as_json) as panel:
-        result = api.resume(run, panel)
+    here = Path.cwd()
+    home = api.working_directory(run) if (run / api.RUN_FILE).is_file() else None
+    with Panel(str(run), as_json=as_json) as panel, chdir(home or "."):
+        result = api.resume(run if home in (None, here) else here / run, panel, **how)
     return exit_code(result)
 
 

@@ -1,20 +1,27 @@
-"""From a row to a document: token ids, and for each token whether it is trained.
+"""From rows to documents: token ids, and for each token whether it is trained.
 
 Special tokens come from the tokenizer or the template, exactly once; text that spells one out is refused.
-Nothing is ever cut: a document that does not fit is an error.
+Nothing is ever cut: a document that does not fit is an error, or, of a text row and by choice, several documents.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.rows import Row, strings
-from loratune.data.templates import Chat, Message, Span, Tokenizer
+from loratune.data.masks import Cuts, Lookup, Marks, Tokenizer
+from loratune.data.rows import Row
+from loratune.data.templates import NOW, Chat, Message, Transcript, plan
 from loratune.errors import ConfigError, DataError
+
+TRAIN_ON = ("completion", "all", "last")
+LONG = ("stop", "drop", "split")
+_GROUP_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,34 +43,79 @@ class Document:
         return int(self.trained.sum())
 
 
+class LongRow(DataError):
+    """A row longer than the limit; with `long="drop"` no reason to stop the run."""
+
+
 class Encoder:
     """Turns rows into documents with one tokenizer; `max_tokens` is the longest document the model takes.
 
-    prompt_completion: prefix + prompt + completion + eos, the two tokenised apart; completion and eos are trained.
-    text: prefix + text + eos, all but the prefix trained. messages: see `templates`.
-    The prefix is what the tokenizer itself puts before a text: its begin token, or nothing.
-    Raises ConfigError for a tokenizer without an end-of-sequence token.
+    prompt_completion: prefix + prompt + completion + eos, the two tokenised apart. text: prefix + text + eos, all but
+    the prefix trained. messages: see `templates`. The prefix is what the tokenizer itself puts before a text: its begin
+    token, or nothing.
+    `train_on`: "completion" trains completions and assistant turns (but for `train: false`), "last" only the last turn,
+    "all" every token but the prefix and the turns with `train: false`.
+    `long`: a row beyond the limit is refused with LongRow ("stop", "drop": see the caller), or, a text row with
+    "split", made into documents of about equal length, each token once.
+    `now` is what a template's clock says. Raises ConfigError for a tokenizer without an end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int | None,
+        *,
+        train_on: str = "completion",
+        long: str = "stop",
+        now: datetime = NOW,
+    ) -> None:
         eos = tokenizer.special_tokens_map.get("eos_token")
         if eos is None:
             raise ConfigError("the tokenizer has no end-of-sequence token, so the model could never learn to stop.")
+        _check_choice("train_on", train_on, TRAIN_ON)
+        _check_choice("long", long, LONG)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.train_on = train_on
+        self.long = long
         self.eos_id = int(tokenizer.convert_tokens_to_ids(str(eos)))
         self.prefix = self._find_prefix()
-        special = _special_tokens(tokenizer)
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-        self.chat = Chat(tokenizer, self.tokens, self.prefix, frozenset(special.values()), self.eos_id)
+        self.marks = Marks.of(tokenizer)
+        self.chat = Chat(tokenizer, self.marks, now)
 
-    def encode(self, row: Row) -> Document:
-        """Returns the row's document; raises DataError `file:line: reason` where it cannot be trained on as it is."""
-        try:
-            self._refuse_special(row.value)
-            return self._document(*_KINDS[row.kind].parts(self, row.value))
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from error
+    def encode(self, row: Row) -> list[Document]:
+        """Returns the row's documents, mostly one; raises DataError `file:line: reason` where it cannot be trained on.
+
+        A template that rewrites earlier turns gives one for each trained turn, in their order; a split text several.
+        """
+        result = self.encode_many([row])[0]
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def encode_many(self, rows: Sequence[Row]) -> list[list[Document] | DataError]:
+        """Returns what `encode` would, or raise, for each row.
+
+        Groups of rows are rendered in one exchange and tokenised in one call, one group while the next is rendered.
+        """
+        groups = [rows[start : start + _GROUP_ROWS] for start in range(0, len(rows), _GROUP_ROWS)]
+        if len(groups) < 2:
+            return self._encode_group(rows, self._jobs(rows))
+        results: list[list[Document] | DataError] = []
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            waiting = ahead.submit(self._jobs, groups[0])
+            for group, following in zip(groups, [*groups[1:], []]):
+                jobs, waiting = waiting.result(), ahead.submit(self._jobs, following)
+                results += self._encode_group(group, jobs)
+        return results
+
+    def _encode_group(self, rows: Sequence[Row], jobs: "list[_Job | DataError]") -> list[list[Document] | DataError]:
+        ids = self._tokenise(text for job in jobs if isinstance(job, _Job) for text in job.texts)
+
+        def lookup(text: str) -> list[int]:
+            return ids[text] if text in ids else self.tokens(text)
+
+        return [self._finish(row, job, lookup) for row, job in zip(rows, jobs, strict=True)]
 
     def prompt(self, source: Row | str | Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Returns exactly the ids that generation gets, the same that training saw before the answer.
@@ -76,11 +128,24 @@ class Encoder:
         self._refuse_special([source, tools])
         if isinstance(source, str):
             return self.prefix + self.tokens(source)
-        return self.chat.prompt(source, tools)
+        return self.begun(self.tokens(self.chat.prompt(source, tools)))
+
+    def turn_ends(self) -> set[int]:
+        """Returns the tokens that end an answer in a chat: end-of-sequence, and what training puts there if it can."""
+        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [result] = self.chat.transcripts([plan(example, None, "completion")])
+        if isinstance(result, DataError) or not result[-1].turns[-1].closed:
+            return {self.eos_id}
+        [transcript] = result
+        return {self.tokens(transcript.text[: transcript.turns[-1].end])[-1], self.eos_id}
 
     def tokens(self, text: str) -> list[int]:
         """Returns the ids of a text as it stands, nothing added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """Returns the ids of a rendered chat, with the prefix if the template did not write it."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def _find_prefix(self) -> list[int]:
         bare, full = self.tokens("a"), list(self.tokenizer.encode("a"))
@@ -91,23 +156,64 @@ class Encoder:
             f"the tokenizer encodes 'a' as {bare}, but as {full} with special tokens: expected it inside."
         )
 
-    def _document(self, ids: list[int], spans: list[Span]) -> Document:
-        trained = np.zeros(len(ids), dtype=np.bool_)
-        for start, end in spans:
-            trained[start:end] = True
-        trained[:1] = False
-        if self.max_tokens is not None and len(ids) > self.max_tokens:
-            raise DataError(
-                f"the row is {len(ids)} tokens long, the limit is {self.max_tokens}. "
+    def _jobs(self, rows: Sequence[Row]) -> "list[_Job | DataError]":
+        refused = [self._refusal(row) for row in rows]
+        chats = {
+            i: plan(row.value["messages"], row.value.get("tools"), self.train_on)
+            for i, row in enumerate(rows)
+            if row.kind == "messages" and refused[i] is None
+        }
+        transcripts = dict(zip(chats, self.chat.transcripts(list(chats.values())), strict=True))
+        return [refused[i] or self._job(row, transcripts.get(i, [])) for i, row in enumerate(rows)]
+
+    def _job(self, row: Row, transcripts: list[Transcript] | DataError) -> "_Job | DataError":
+        return transcripts if isinstance(transcripts, DataError) else _KINDS[row.kind].job(self, row.value, transcripts)
+
+    def _tokenise(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Each different text once, in one call of the Rust tokenizer where there is one."""
+        unique = list(dict.fromkeys(texts))
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return {text: self.tokens(text) for text in unique}
+        # What `encode` sets before each call; another user of the tokenizer may have left something else.
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
+        encodings = backend.encode_batch_fast(unique, add_special_tokens=False)
+        return {text: encoding.ids for text, encoding in zip(unique, encodings, strict=True)}
+
+    def _finish(self, row: Row, job: "_Job | DataError", lookup: Lookup) -> list[Document] | DataError:
+        try:
+            if isinstance(job, DataError):
+                raise job
+            return [self._checked(document) for document in job.documents(lookup)]
+        except DataError as error:
+            located = type(error)(f"{row.where}: {error}")
+            located.__cause__ = error
+            return located
+
+    def _checked(self, document: Document) -> Document:
+        document.trained[:1] = False
+        if self.max_tokens is not None and document.num_tokens > self.max_tokens:
+            raise LongRow(
+                f"the row is {document.num_tokens} tokens long, the limit is {self.max_tokens}. "
                 "Rows are never cut: shorten or split it."
             )
-        if not trained.any():
+        if not document.trained.any():
             raise DataError("no token of the row would be trained.")
-        return Document(np.asarray(ids, dtype=np.int32), trained)
+        return document
+
+    def _refusal(self, row: Row) -> DataError | None:
+        if row.kind not in _KINDS:
+            return DataError(f"a {row.kind} row has no text to generate; expected one of {', '.join(_KINDS)}.")
+        try:
+            self._refuse_special(row.value)
+        except DataError as error:
+            return error
 
     def _refuse_special(self, value: Any) -> None:
-        for text in strings(value):
-            if found := self._special.search(text):
+        for text in _strings(value, []):
+            if found := self.marks.pattern.search(text):
                 around = text[max(0, found.start() - 20) : found.end()]
                 raise DataError(
                     f"the text spells out the special token {found[0]!r} (in {around!r}), which the tokenizer would "
@@ -115,36 +221,91 @@ class Encoder:
                 )
 
 
-Parts = tuple[list[int], list[Span]]
+@dataclass(frozen=True)
+class _Job:
+    """What a row needs tokenised, and the documents that come of it."""
+
+    texts: list[str]
+    documents: Callable[[Lookup], Iterable[Document]]
 
 
 @dataclass(frozen=True)
 class _Kind:
-    parts: Callable[[Encoder, dict[str, Any]], Parts]
+    job: Callable[[Encoder, dict[str, Any], list[Transcript]], _Job]  # a messages row comes rendered
     prompt: Callable[[Encoder, dict[str, Any]], list[int]]
 
 
-def _completion_parts(encoder: Encoder, value: dict[str, Any]) -> Parts:
-    prompt = encoder.prompt(value["prompt"])
-    ids = prompt + _some(encoder.tokens(value["completion"]), "completion") + [encoder.eos_id]
-    return ids, [(len(prompt), len(ids))]
+def _completion_job(encoder: Encoder, value: dict[str, Any], _: list[Transcript]) -> _Job:
+    prompt, completion = value["prompt"], value["completion"]
+
+    def documents(ids: Lookup) -> list[Document]:
+        before = [*encoder.prefix, *ids(prompt)]
+        begin = len(encoder.prefix if encoder.train_on == "all" else before)
+        return [_document([*before, *_some(ids(completion), "completion"), encoder.eos_id], begin)]
+
+    return _Job([prompt, completion], documents)
 
 
 def _completion_prompt(encoder: Encoder, value: dict[str, Any]) -> list[int]:
     return encoder.prompt(value["prompt"])
 
 
-def _text_parts(encoder: Encoder, value: dict[str, Any]) -> Parts:
-    ids = encoder.prefix + _some(encoder.tokens(value["text"]), "text") + [encoder.eos_id]
-    return ids, [(len(encoder.prefix), len(ids))]
+def _text_job(encoder: Encoder, value: dict[str, Any], _: list[Transcript]) -> _Job:
+    def documents(ids: Lookup) -> list[Document]:
+        body, prefix = [*_some(ids(value["text"]), "text"), encoder.eos_id], encoder.prefix
+        first, *rest = _pieces(body, (encoder.max_tokens or 0) - len(prefix)) if encoder.long == "split" else [body]
+        # The first token of a later piece is not trained: what it follows stands in the piece before.
+        later = [_document(prefix + piece, len(prefix) + 1) for piece in rest]
+        return [_document(prefix + first, len(prefix)), *later]
+
+    return _Job([value["text"]], documents)
+
+
+def _pieces(body: list[int], size: int) -> list[list[int]]:
+    """Cuts a text into as few pieces of about equal length as fit; one that fits, or fits in no way, stays whole."""
+    count = -(-len(body) // size) if size > 1 else 1
+    edges = [len(body) * index // count for index in range(count + 1)]
+    return [body[start:end] for start, end in pairwise(edges)]
 
 
 def _text_prompt(encoder: Encoder, value: dict[str, Any]) -> list[int]:
     return list(encoder.prefix)
 
 
-def _messages_parts(encoder: Encoder, value: dict[str, Any]) -> Parts:
-    return encoder.chat.conversation(value["messages"], value.get("tools"))
+def _messages_job(encoder: Encoder, _: dict[str, Any], transcripts: list[Transcript]) -> _Job:
+    cut = [
+        Cuts.of(transcript.text, [edge for turn in transcript.turns for edge in (turn.start, turn.end)], encoder.marks)
+        for transcript in transcripts
+    ]
+
+    def documents(ids: Lookup) -> list[Document]:
+        return [_chat_document(encoder, transcript, cuts, ids) for transcript, cuts in zip(transcripts, cut)]
+
+    return _Job([text for cuts in cut for text in cuts.texts], documents)
+
+
+def _chat_document(encoder: Encoder, transcript: Transcript, cuts: Cuts, lookup: Lookup) -> Document:
+    """The ids as the template wrote them; where it ends turns without a special token, one eos follows the last."""
+    written = lookup(transcript.text)
+    ids = encoder.begun(written)
+    trained = np.full(len(ids), transcript.everything)
+    trained[: len(encoder.prefix)] = False
+    shift, end = len(ids) - len(written), 0
+    edges = cuts.positions(lookup, encoder.marks)
+    for turn, start, end in zip(transcript.turns, edges[::2], edges[1::2]):
+        if start is None or end is None:
+            edge = turn.start if start is None else turn.end
+            around = transcript.text[max(0, edge - 20) : edge + 20]
+            raise DataError(
+                f"message {turn.message + 1} (assistant) cannot be masked exactly: a token spans the turn's boundary "
+                f"(in {around!r}), so generation would see other tokens than training; remove white space at the ends "
+                "of the message."
+            )
+        trained[start + shift : end + shift] = turn.trained
+    if transcript.answered and end and transcript.turns[-1].trained and not transcript.turns[-1].closed:
+        ids = [*ids[: end + shift], encoder.eos_id]
+        trained = np.append(trained[: end + shift], True)
+    return Document(np.array(ids, dtype=np.int32), trained)
 
 
 def _messages_prompt(encoder: Encoder, value: dict[str, Any]) -> list[int]:
@@ -154,10 +315,30 @@ def _messages_prompt(encoder: Encoder, value: dict[str, Any]) -> list[int]:
 
 
 _KINDS: dict[str, _Kind] = {
-    "prompt_completion": _Kind(_completion_parts, _completion_prompt),
-    "messages": _Kind(_messages_parts, _messages_prompt),
-    "text": _Kind(_text_parts, _text_prompt),
+    "prompt_completion": _Kind(_completion_job, _completion_prompt),
+    "text": _Kind(_text_job, _text_prompt),
+    "messages": _Kind(_messages_job, _messages_prompt),
 }
+
+
+def _strings(value: Any, found: list[str]) -> list[str]:
+    """Appends every string in a JSON value, keys included; the depth of a row was checked when it was read."""
+    if isinstance(value, str):
+        found.append(value)
+    elif isinstance(value, dict):
+        for key, item in cast(dict[str, Any], value).items():
+            found.append(key)
+            _strings(item, found)
+    elif isinstance(value, list | tuple):
+        for item in cast(Sequence[Any], value):
+            _strings(item, found)
+    return found
+
+
+def _document(ids: list[int], begin: int) -> Document:
+    trained = np.ones(len(ids), dtype=np.bool_)
+    trained[:begin] = False
+    return Document(np.array(ids, dtype=np.int32), trained)
 
 
 def _some(ids: list[int], name: str) -> list[int]:
@@ -166,8 +347,6 @@ def _some(ids: list[int], name: str) -> list[int]:
     return ids
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    added = tokenizer.added_tokens_decoder
-    flagged = {str(token.content): int(i) for i, token in added.items() if token.special}
-    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
-    return named | flagged
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")

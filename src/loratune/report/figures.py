@@ -34,42 +34,42 @@ def similarity_figure(report: Mapping[str, Any]) -> str:
     height = _TOP + _ROW * len(groups)
     title = "Subspace similarity of two LoRA adapters"
     body = [
-        _tag("title", title),
-        _tag("style", raw=_STYLE),
-        _tag("rect", width=_WIDTH, height=height, class_="surface"),
-        _tag("text", title, x=24, y=34, class_="title"),
-        _tag("text", f"i: {report['one']}", x=24, y=56),
-        _tag("text", f"j: {report['other']}", x=24, y=74),
+        tag("title", title),
+        tag("style", raw=_STYLE),
+        tag("rect", width=_WIDTH, height=height, class_="surface"),
+        tag("text", title, x=24, y=34, class_="title"),
+        tag("text", f"i: {report['one']}", x=24, y=56),
+        tag("text", f"j: {report['other']}", x=24, y=74),
         *_legend(),
     ]
     for index, group in enumerate(groups):
-        body.append(_tag("g", raw="".join(_row(group)), transform=f"translate(0 {_TOP + index * _ROW})"))
+        body.append(tag("g", raw="".join(_row(group)), transform=f"translate(0 {_TOP + index * _ROW})"))
     box = {"viewBox": f"0 0 {_WIDTH} {height}", "width": _WIDTH, "height": height}
-    return _tag("svg", raw="".join(body), xmlns="http://www.w3.org/2000/svg", class_="lt", role="img", **box) + "\n"
+    return tag("svg", raw="".join(body), xmlns="http://www.w3.org/2000/svg", class_="lt", role="img", **box) + "\n"
 
 
 def _legend() -> Iterable[str]:
     """The scale of the heat maps, and the names of the lines."""
     for index in range(11):
-        yield _tag("rect", x=_HEAT_X + index * 15, y=88, width=15, height=10, class_="cell", fill_opacity=index / 10)
-    yield _tag("rect", x=_HEAT_X, y=88, width=165, height=10, class_="frame")
-    yield _tag("text", "φ = 0", x=_HEAT_X - 8, y=97, class_="end")
-    yield _tag("text", "1", x=_HEAT_X + 172, y=97)
+        yield tag("rect", x=_HEAT_X + index * 15, y=88, width=15, height=10, class_="cell", fill_opacity=index / 10)
+    yield tag("rect", x=_HEAT_X, y=88, width=165, height=10, class_="frame")
+    yield tag("text", "φ = 0", x=_HEAT_X - 8, y=97, class_="end")
+    yield tag("text", "1", x=_HEAT_X + 172, y=97)
     for index, (_, style, name) in enumerate(_CURVES):
         x = _CURVE_X + index * 180
-        yield _tag("line", x1=x, x2=x + 20, y1=93, y2=93, class_=style, stroke_width=2)
-        yield _tag("text", name, x=x + 26, y=97)
-    yield _tag("line", x1=_CURVE_X + 352, x2=_CURVE_X + 372, y1=93, y2=93, class_="chance")
-    yield _tag("text", "chance, for φ(r, r)", x=_CURVE_X + 378, y=97)
+        yield tag("line", x1=x, x2=x + 20, y1=93, y2=93, class_=style, stroke_width=2)
+        yield tag("text", name, x=x + 26, y=97)
+    yield tag("line", x1=_CURVE_X + 352, x2=_CURVE_X + 372, y1=93, y2=93, class_="chance")
+    yield tag("text", "chance, for φ(r, r)", x=_CURVE_X + 378, y=97)
 
 
 def _row(group: Mapping[str, Any]) -> Iterable[str]:
     count = len(group["layers"])
     caption = "one site" if count == 1 else f"heat map: mean of {count} sites"
-    yield _tag("text", f"{group['role']} · {group['name']}", x=24, y=30, class_="name")
-    yield _tag("text", caption, x=_CURVE_X + _CURVE_WIDTH, y=30, class_="end")
+    yield tag("text", f"{group['role']} · {group['name']}", x=24, y=30, class_="name")
+    yield tag("text", caption, x=_CURVE_X + _CURVE_WIDTH, y=30, class_="end")
     panels = "".join([*_heat_map(group["similarity"]), *_curves(group)])
-    yield _tag("g", raw=panels, transform="translate(0 44)")
+    yield tag("g", raw=panels, transform="translate(0 44)")
 
 
 def _steps(count: int) -> list[int]:
@@ -83,41 +83,41 @@ def _heat_map(grid: Sequence[Sequence[float]]) -> Iterable[str]:
     width, height = _PANEL / len(columns), _PANEL / len(rows)
     for y, i in enumerate(rows):
         for x, j in enumerate(columns):
-            tip = _tag("title", f"φ({i + 1}, {j + 1}) = {grid[i][j]:.3f}")
+            tip = tag("title", f"φ({i + 1}, {j + 1}) = {grid[i][j]:.3f}")
             place = {"x": _HEAT_X + x * width, "y": y * height, "width": width, "height": height}
-            yield _tag("rect", raw=tip, class_="cell", fill_opacity=min(grid[i][j], 1.0), **place)
-    yield _tag("rect", x=_HEAT_X, y=0, width=_PANEL, height=_PANEL, class_="frame")
+            yield tag("rect", raw=tip, class_="cell", fill_opacity=min(grid[i][j], 1.0), **place)
+    yield tag("rect", x=_HEAT_X, y=0, width=_PANEL, height=_PANEL, class_="frame")
     for label, at in (("1", height / 2), (str(len(grid)), _PANEL - height / 2)):
-        yield _tag("text", label, x=_HEAT_X - 8, y=at + 4, class_="end")
+        yield tag("text", label, x=_HEAT_X - 8, y=at + 4, class_="end")
     for label, at in (("1", width / 2), (str(len(grid[0])), _PANEL - width / 2)):
-        yield _tag("text", label, x=_HEAT_X + at, y=_PANEL + 18, class_="middle")
-    yield _tag("text", "i", x=_HEAT_X - 30, y=_PANEL / 2 + 4, class_="middle")
-    yield _tag("text", "j", x=_HEAT_X + _PANEL / 2, y=_PANEL + 18, class_="middle")
+        yield tag("text", label, x=_HEAT_X + at, y=_PANEL + 18, class_="middle")
+    yield tag("text", "i", x=_HEAT_X - 30, y=_PANEL / 2 + 4, class_="middle")
+    yield tag("text", "j", x=_HEAT_X + _PANEL / 2, y=_PANEL + 18, class_="middle")
 
 
 def _curves(group: Mapping[str, Any]) -> Iterable[str]:
     layers = group["layers"]
     for value in (0, 0.5, 1):
         y = _y(value)
-        yield _tag("line", x1=_CURVE_X, x2=_CURVE_X + _CURVE_WIDTH, y1=y, y2=y, class_="grid")
-        yield _tag("text", f"{value:g}", x=_CURVE_X - 8, y=y + 4, class_="end")
+        yield tag("line", x1=_CURVE_X, x2=_CURVE_X + _CURVE_WIDTH, y1=y, y2=y, class_="grid")
+        yield tag("text", f"{value:g}", x=_CURVE_X - 8, y=y + 4, class_="end")
     chance = _y(group["chance_span"])
-    yield _tag("line", x1=_CURVE_X, x2=_CURVE_X + _CURVE_WIDTH, y1=chance, y2=chance, class_="chance")
+    yield tag("line", x1=_CURVE_X, x2=_CURVE_X + _CURVE_WIDTH, y1=chance, y2=chance, class_="chance")
     for index in sorted({0, len(layers) // 2, len(layers) - 1}):
         label = f"layer {layers[index]}" if index == 0 and layers[index] else layers[index]
-        yield _tag("text", label, x=_x(index, len(layers)), y=_PANEL + 18, class_="middle")
+        yield tag("text", label, x=_x(index, len(layers)), y=_PANEL + 18, class_="middle")
     for measure, style, name in _CURVES:
         yield from _line(group[measure]["by_layer"], layers, style, name)
 
 
 def _line(values: Sequence[float], layers: Sequence[str], style: str, name: str) -> Iterable[str]:
     points = [(_x(index, len(values)), _y(value)) for index, value in enumerate(values)]
-    yield _tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=style)
+    yield tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=style)
     if len(points) > _MAX_POINTS:
         return
     for (x, y), layer, value in zip(points, layers, values):
-        tip = _tag("title", f"{f'layer {layer}: ' if layer else ''}{name} = {value:.3f}")
-        yield _tag("circle", raw=tip, cx=x, cy=y, r=3, class_=style)
+        tip = tag("title", f"{f'layer {layer}: ' if layer else ''}{name} = {value:.3f}")
+        yield tag("circle", raw=tip, cx=x, cy=y, r=3, class_=style)
 
 
 def _x(index: int, count: int) -> float:
@@ -129,7 +129,7 @@ def _y(value: float) -> float:
     return _PANEL * (1 - min(value, 1.0))
 
 
-def _tag(name: str, text: object = "", *, raw: str = "", **attributes: Any) -> str:
+def tag(name: str, text: object = "", *, raw: str = "", **attributes: Any) -> str:
     """Returns one element; `text` and attributes are escaped, `raw` is markup already. class_ means class."""
     parts = [name]
     for key, value in attributes.items():

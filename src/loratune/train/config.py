@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from loratune.adapter.config import LoraConfig
 
 Preset = Literal["fast", "quality", "deep", "expert"]
-Format = Literal["prompt_completion", "messages", "text"]
+Format = Literal["prompt_completion", "messages", "text", "sharegpt", "alpaca"]
+TrainOn = Literal["completion", "all", "last"]
+Long = Literal["stop", "drop", "split"]
 Bias = Literal["none", "all", "lora_only"]
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
@@ -40,6 +42,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Expected("a number
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("a number, at least 0")]
 LearningRate = Annotated[float, Field(gt=0, le=1), Expected("a number above 0 and at most 1, such as 5e-4")]
 BelowOne = Annotated[float, Field(ge=0, lt=1), Expected("a number from 0 up to, not including, 1")]
+Weight = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1), Expected("text (in quotes if it looks like a number)")]
 Switch = Annotated[bool, Expected("true or false")]
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Expected("a list of names")]
@@ -49,6 +52,7 @@ NamesOrText = Annotated[
 ]
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_DATA_EXPECTED = Expected("text (in quotes if it looks like a number), or a mapping of files to weights of at least 1")
 _TOKENS_EXPECTED = Expected("a list of token ids, or a mapping of embeddings to such lists")
 
 
@@ -57,11 +61,29 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Where the rows are. Without `validation`, 5% (at most 500 rows) are held out; `format` None means: look."""
+    """Where the rows are, and what of them is trained.
 
-    train: Text
+    `train` is a file, FILE#500 (a sample), a folder, hub:NAME, or a mapping of such to weights: how often an epoch
+    meets each row. Without `validation` (or a folder's validation files), 5% (at most 500 rows) are held out. `format`
+    None means: look; `columns` says which key of a row is which column. With `reject`, rows that cannot be used are
+    left out and listed in ledger.jsonl; without, they stop the run. `train_on`: completions and assistant turns, all
+    tokens, or the last turn. `long`: rows beyond the model's limit stop the run, are dropped, or, texts, are split.
+    `cache` keeps the tokens of data over 1 MB for the next start.
+    """
+
+    train: Annotated[Text | Annotated[dict[Text, Weight], Field(min_length=1)], _DATA_EXPECTED]
     validation: Text | None = None
-    format: Annotated[Format, Expected("one of prompt_completion, messages, text")] | None = None
+    format: Annotated[Format, Expected(f"one of {', '.join(get_args(Format))}")] | None = None
+    columns: Annotated[dict[Text, Text], Expected("a mapping of columns to keys, such as {prompt: q}")] | None = None
+    reject: Switch = False
+    train_on: Annotated[TrainOn, Expected(f"one of {', '.join(get_args(TrainOn))}")] = "completion"
+    long: Annotated[Long, Expected(f"one of {', '.join(get_args(Long))}")] = "stop"
+    cache: Switch = True
+
+    @property
+    def specs(self) -> list[str]:
+        """What `train` names."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
 
 
 class AdapterConfig(_Section):
@@ -108,15 +130,18 @@ class TrainConfig(_Section):
     """How long, how fast and how often.
 
     `batch_size` is documents per optimizer step; `micro_batch_tokens` changes memory only, never the result beyond
-    rounding. `learning_rate` None: 5e-4 up to 4e9 parameters, 3e-4 above. `warmup_steps` None: 5% of the steps, at
-    least 1. `lr_ratio` multiplies the rate of B (LoRA+). `max_steps` ends the run early; `keep` is how many checkpoints
-    stay; `allow_uneven` lets a target that exists in some layers only be trained.
+    rounding. `recompute` halves what is kept for the backward pass, for about an eighth more time. `learning_rate`
+    None: 5e-4 up to 4e9 parameters, 3e-4 above. `warmup_steps` None: 5% of the steps, at least 1. `lr_ratio` multiplies
+    the rate of B (LoRA+). `max_steps` ends the run early; `keep` is how many checkpoints stay; `patience` ends a run
+    after so many evaluations without a new best (None: the whole run is done, and the best is kept all the same);
+    `allow_uneven` lets a target that exists in some layers only be trained.
     """
 
     epochs: Positive = 1.0
     max_steps: Count | None = None
     batch_size: Count = 8
     micro_batch_tokens: Count = 2048
+    recompute: Switch = False
     learning_rate: LearningRate | None = None
     warmup_steps: CountOrZero | None = None
     max_grad_norm: Positive = 1.0
@@ -129,6 +154,7 @@ class TrainConfig(_Section):
     eval_every: Count | None = None
     save_every: Count | None = None
     keep: Count = 2
+    patience: Count | None = None
     allow_uneven: Switch = False
 
 
@@ -189,9 +215,12 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
+_FLAGS = {"data.train": "--data", "data.columns": "--column"}
+
+
 def flag_of(key: str) -> str:
     """Returns the command-line flag of a dotted key: "train.batch_size" is --batch-size, "data.train" is --data."""
-    return "--data" if key == "data.train" else "--" + key.rpartition(".")[2].replace("_", "-")
+    return _FLAGS.get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
 
 
 def dump(resolved: ResolvedConfig) -> str:

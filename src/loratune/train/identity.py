@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,17 +24,28 @@ def identity(
 ) -> dict[str, Any]:
     """Returns what must be the same for a resumed run to be the same run."""
     base = attached.adapter.base or fingerprint(attached.model)
-    schedule = config.train.model_dump(exclude={"keep", "save_every"})
+    parameter = next(attached.model.parameters())
+    schedule = config.train.model_dump(exclude={"keep", "save_every", "patience"})
     return {
         "base_model": _digest(json.dumps(base.to_json(), sort_keys=True)),
         "data": {"train": training.digest, "validation": validation.digest},
         "tokenizer": _tokenizer_digest(tokenizer),
         "adapter": config.adapter.model_dump(mode="json"),
         "train": schedule,
-        "precision": str(next(attached.model.parameters()).dtype),
+        "precision": str(parameter.dtype),
+        "machine": _machine(parameter.device),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+        "versions": {
+            "loratune": version("loratune"), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+
+
+def _machine(device: torch.device) -> str:
+    """Returns what chooses the kernels: the GPU's name, or the processor's kind and vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _digest(text: str) -> str:
@@ -45,14 +58,15 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return _digest(content + str(tokenizer.chat_template))
 
 
-def check(saved: Checkpoint, now: dict[str, Any]) -> None:
-    """Raises CheckpointError that lists what has changed since a checkpoint was taken."""
-    changed = list(_changes(saved.state["identity"], json.loads(json.dumps(now))))
-    if changed:
+def check(saved: Checkpoint, now: dict[str, Any], *, allow: bool = False) -> list[str]:
+    """Returns what has changed since a checkpoint was taken; without `allow`, anything is a CheckpointError."""
+    changed = list(_changes(saved.state.get("identity", {}), json.loads(json.dumps(now))))
+    if changed and not allow:
         raise CheckpointError(
             f"{saved.path} was not made by this run as it is now, and would not continue it: {'; '.join(changed)}. "
-            "Put these back, or start a new run."
+            "Put these back, start a new run, or go on with --allow-changed: the run is then labelled as not identical."
         )
+    return changed
 
 
 def _changes(before: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -4,38 +4,48 @@ The gradient of a step is that of the sum of its label losses over their number,
 documents are cut into micro-batches, packed or padded.
 """
 
+import gc
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from loratune import files
 from loratune.adapter import peft_format
 from loratune.adapter.attach import Attached
 from loratune.data.dataset import Dataset
-from loratune.data.pack import step_batches
-from loratune.errors import TrainingError
+from loratune.data.encode import Document
+from loratune.data.pack import step_rows
+from loratune.errors import CheckpointError, ConfigError, TrainingError
 from loratune.evaluate.loss import Evaluation, evaluate
 from loratune.model.causal import CausalModel
-from loratune.train import checkpoint, schedule
+from loratune.train import checkpoint, schedule, watch
 from loratune.train.config import TrainConfig
-from loratune.train.measure import peak_memory_bytes
+from loratune.train.measure import check_space, checkpoint_bytes, is_out_of_memory, peak_memory_bytes
 from loratune.train.optim import Optimizer
 from loratune.train.signals import stop_on_signals
 
 OnEvent = Callable[[dict[str, Any]], None]
 METRICS = "metrics.jsonl"
+NOT_IDENTICAL = "continued, not identical"
 _PARAMETER = "parameter."
+_STATE = ("step", "best", "stale", "micro_batch_tokens", "continued")  # of a Run, kept as they are
+_Result = TypeVar("_Result")
 
 
 @dataclass
 class Run:
-    """Everything a run is made of. `step` steps are done; `best` is the best evaluation so far as {step, loss}."""
+    """Everything a run is made of. `step` steps are done; `best` is the best evaluation so far as {step, loss}, and
+    `stale` the number of evaluations since. micro_batch_tokens: the configuration's, or less once memory ran out.
+    continued: where the run was taken up with something changed, as {step, changed}. log: metrics.jsonl while open.
+    """
 
     output: Path
     config: TrainConfig
@@ -49,8 +59,23 @@ class Run:
     num_parameters: int
     step: int = 0
     best: dict[str, Any] | None = None
+    stale: int = 0
     num_metrics: int = 0
+    continued: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    course: watch.Course = field(default_factory=watch.Course)
+    log: files.JsonLines | None = None
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.micro_batch_tokens = self.config.micro_batch_tokens
+        self.gates = watch.Gates(self.attached)
+
+    def tell(self, event: dict[str, Any], **shown: Any) -> None:
+        """Writes an event into metrics.jsonl and sends it on, with what else is only shown."""
+        if self.log is not None:
+            with saying_what_is_saved(self):
+                self.log.write(event)
+        self.on_event({**event, **shown})
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,6 +87,11 @@ class Run:
         steps = max(1, math.ceil(self.config.epochs * self.steps_per_epoch - 1e-9))
         return min(steps, self.config.max_steps or steps)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or the held-out loss has not fallen for `patience` evaluations."""
+        return self.step >= self.num_steps or (self.config.patience is not None and self.stale >= self.config.patience)
+
     def learning_rate(self) -> float:
         """Returns the learning rate of the step about to be done."""
         warmup = schedule.warmup_steps(self.config, self.num_steps)
@@ -71,28 +101,23 @@ class Run:
     def rows_of_step(self) -> list[int]:
         """Returns the training rows of the step about to be done: a pure function of (seed, step)."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
-        return step_batches(len(self.train), self.config.batch_size, self.config.seed, epoch)[position].tolist()
+        return step_rows(len(self.train), self.config.batch_size, self.config.seed, epoch, position)
 
 
 def train_step(run: Run) -> dict[str, Any]:
     """Does one optimizer step; returns its metrics. Raises TrainingError, with no parameter changed, for a loss or a
-    gradient that is not finite."""
+    gradient that is not finite and for a factor without one; after the update for one that did not move."""
     rows = run.rows_of_step()
     documents = [run.train.documents[row] for row in rows]
     num_labels = sum(document.num_labels for document in documents)
-    loss = 0.0
-    for pack in run.causal.cut(documents, run.config.micro_batch_tokens):
-        batch = run.causal.batch([documents[i] for i in pack], keys=[rows[i] for i in pack])
-        run.attached.shared.noise = batch.noise(run.config.seed, run.step)
-        total, _ = run.causal.losses(batch)
-        (total / num_labels).backward()
-        loss += float(total.detach()) / num_labels
+    loss = within_memory(run, documents, lambda: _accumulate(run, rows, documents, num_labels))
     norm = float(run.optimizer.clip())
     if not (math.isfinite(loss) and math.isfinite(norm)):
         run.optimizer.clear()
         raise _not_finite(run, rows, loss, norm)
     learning_rate = run.learning_rate()
-    run.optimizer.step(learning_rate)
+    with run.gates.update(run.step, learning_rate, documents):
+        run.optimizer.step(learning_rate)
     run.step += 1
     return {
         "step": run.step,
@@ -105,14 +130,60 @@ def train_step(run: Run) -> dict[str, Any]:
     }
 
 
+def _accumulate(run: Run, rows: list[int], documents: list[Document], num_labels: int) -> float:
+    """Adds up the gradient of a step, micro-batch by micro-batch; returns its loss."""
+    loss = 0.0
+    with run.gates.experts.watched():
+        for pack in run.causal.cut(documents, run.micro_batch_tokens):
+            batch = run.causal.batch([documents[i] for i in pack], keys=[rows[i] for i in pack])
+            run.attached.shared.noise = batch.noise(run.config.seed, run.step)
+            total, _ = run.causal.losses(batch)
+            (total / num_labels).backward()
+            loss += float(total.detach()) / num_labels
+    return loss
+
+
+def within_memory(run: Run, documents: Sequence[Document], work: Callable[[], _Result]) -> _Result:
+    """Does work over documents; each time memory runs out, again from its beginning with micro-batches of half the
+    tokens: the same rows in the same order and the same dropout masks, so the same gradient but for rounding."""
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        _halve(run, documents, reason)  # out of the handler: the error holds what filled the memory
+
+
+def _halve(run: Run, documents: Sequence[Document], reason: str) -> None:
+    run.optimizer.clear()
+    gc.collect()
+    if run.causal.device.type == "cuda":
+        torch.cuda.empty_cache()
+    lengths = [document.num_tokens for document in documents]
+    before = run.micro_batch_tokens
+    if all(len(pack) == 1 for pack in run.causal.cut(documents, before)):
+        raise TrainingError(
+            f"step {run.step + 1}: memory ran out on single rows (the longest has {max(lengths):,} tokens): {reason} "
+            f"{_last_checkpoint(run)} Leave out or split the longest rows, or use a smaller model or rank."
+        )
+    run.micro_batch_tokens = min(before, sum(lengths)) // 2
+    now = {"was": before, "micro_batch_tokens": run.micro_batch_tokens}
+    run.tell({"event": "memory", "step": run.step, "reason": reason, **now})
+
+
 def _not_finite(run: Run, rows: list[int], loss: float, norm: float) -> TrainingError:
     names = ", ".join(run.train.sources[row] for row in rows[:8]) + (" ..." if len(rows) > 8 else "")
-    saved = checkpoint.folders(run.output)
     return TrainingError(
         f"step {run.step + 1}: loss {loss} with gradient norm {norm} is not finite; stopped before the update. "
-        f"Rows of this step: {names}. Last checkpoint: {saved[-1] if saved else 'none'}. "
-        "Try a smaller learning rate, or look at these rows."
+        f"Rows of this step: {names}. {_last_checkpoint(run)} Try a smaller learning rate, or look at these rows."
     )
+
+
+def _last_checkpoint(run: Run) -> str:
+    saved = checkpoint.folders(run.output)
+    return f"Last checkpoint: {saved[-1] if saved else 'none'}."
 
 
 def train(run: Run) -> str:
@@ -121,51 +192,86 @@ def train(run: Run) -> str:
     A stop waits for a step that is saved, so that a run that says it can be resumed can be: before the first
     checkpoint, that is the first step.
     """
-    metrics = files.JsonLines(run.output / METRICS, keep=run.num_metrics)
     run.attached.train_mode(True)
     try:
         with stop_on_signals() as stop:
+            with saying_what_is_saved(run):
+                run.log = files.JsonLines(run.output / METRICS, keep=run.num_metrics)
+            if run.continued and run.continued[-1]["step"] == run.step:
+                run.log.write({"event": NOT_IDENTICAL, **run.continued[-1]})
             if run.step == 0:
-                _evaluate(run, metrics)
+                _evaluate(run)
             clock, saved = _Clock(), run.step
-            while run.step < run.num_steps and not (stop.requested and saved == run.step > 0):
+            while not run.is_over and not (stop.requested and saved == run.step > 0):
                 line = clock.timed(run)
-                metrics.write({"event": "step", **line})
-                run.on_event({"event": "step", "num_steps": run.num_steps, **line})
+                run.tell({"event": "step", **line}, num_steps=run.num_steps)
+                _judge(run, line)
                 if _is_due(run, run.config.eval_every, at_epochs=True):
-                    _evaluate(run, metrics)
-                    saved = save(run, metrics)
+                    _evaluate(run)
+                    saved = save(run)
                 elif stop.requested or _is_due(run, run.config.save_every, at_epochs=False):
-                    saved = save(run, metrics)
+                    saved = save(run)
     finally:
         run.attached.shared.noise = None
         run.attached.train_mode(False)
-        metrics.close()
-    return "done" if run.step == run.num_steps else "stopped"
+        if run.log is not None:
+            with suppress(OSError):  # what a checkpoint needs of it was flushed before the checkpoint was written
+                run.log.close()
+    return "done" if run.is_over else "stopped"
+
+
+def _judge(run: Run, line: dict[str, Any]) -> None:
+    """Looks at a step's loss beside the untuned model's; stops a run that has blown up."""
+    try:
+        remark = run.course.see(run.step, line["loss"])
+    except TrainingError as error:
+        best = f"Best checkpoint: {checkpoint.step_folder(run.output, run.best['step'])}." if run.best else ""
+        raise TrainingError(
+            f"{error} {best or _last_checkpoint(run)} Start again with a smaller learning rate, such as "
+            f"{schedule.peak_rate(run.config, run.num_parameters) / 5:.0e}."
+        ) from None
+    if remark is not None:
+        run.tell({"event": "notice", "step": run.step, "message": remark})
 
 
 def _is_due(run: Run, every: int | None, *, at_epochs: bool) -> bool:
-    if run.step == run.num_steps:
+    if run.step >= run.num_steps:
         return True
     if every is not None:
         return run.step % every == 0
     return at_epochs and run.step % run.steps_per_epoch == 0
 
 
-def _evaluate(run: Run, metrics: files.JsonLines) -> None:
+def _evaluate(run: Run) -> None:
     """Evaluates on the held-out rows, notes the result, and whether it is the best."""
     run.attached.shared.noise = None
     run.attached.train_mode(False)
-    result = evaluate(run.causal, run.validation.documents, run.config.micro_batch_tokens)
+    documents = run.validation.documents
+    result = within_memory(run, documents, lambda: evaluate(run.causal, documents, run.micro_batch_tokens))
     run.attached.train_mode(True)
     if not math.isfinite(result.loss):
         raise _not_finite_held_out(run, result)
     run.evaluations[run.step] = result
-    if run.step > 0 and (run.best is None or result.loss < run.best["loss"]):
-        run.best = {"step": run.step, "loss": result.loss}
-    event = {"event": "evaluation", "step": run.step, **result.to_json()}
-    metrics.write(event)
-    run.on_event(event)
+    run.tell({"event": "evaluation", "step": run.step, **result.to_json()})
+    if run.step == 0:
+        run.course.start(result, run.config.batch_size)
+    elif run.best is None or result.loss < run.best["loss"]:
+        run.best, run.stale = {"step": run.step, "loss": result.loss}, 0
+    else:
+        run.stale += 1
+    if run.is_over:
+        for remark in _at_the_end(run):
+            run.tell({"event": "notice", "step": run.step, "message": remark})
+
+
+def _at_the_end(run: Run) -> Iterator[str]:
+    if run.step < run.num_steps:
+        yield f"stopped early: the held-out loss has not fallen for {run.stale} evaluations"
+    if run.best is not None and run.course.untuned is not None and run.best["loss"] >= run.course.untuned:
+        yield (
+            f"nothing was learnt: the best held-out loss, {run.best['loss']:.4f}, is no lower than the untuned model's "
+            f"{run.course.untuned:.4f}. Try another learning rate, more steps, or look at the rows."
+        )
 
 
 def _not_finite_held_out(run: Run, result: Evaluation) -> TrainingError:
@@ -181,22 +287,39 @@ def _not_finite_held_out(run: Run, result: Evaluation) -> TrainingError:
     )
 
 
-def save(run: Run, metrics: files.JsonLines) -> int:
+def save(run: Run) -> int:
     """Writes a checkpoint of the run as it stands and removes those that need not be kept; returns its step."""
-    metrics.sync()
+    assert run.log is not None
     adapter = run.attached.adapter
     config, tensors = peft_format.encode(adapter, run.causal.model)
-    state = {"step": run.step, "best": run.best, "num_metrics": metrics.count, "identity": run.identity}
-    path = checkpoint.write(
-        run.output,
-        run.step,
-        lambda folder: peft_format.write_into(folder, config, tensors, adapter.base),  # pyright: ignore
-        {**_parameters(run), **run.optimizer.state()},
-        state,
-    )
+    state = {name: getattr(run, name) for name in _STATE}
+    state |= {"identity": run.identity, "num_metrics": run.log.count, "course": asdict(run.course)}
+    with saying_what_is_saved(run):
+        run.log.sync()
+        check_space(run.output, checkpoint_bytes(adapter))
+        path = checkpoint.write(
+            run.output,
+            run.step,
+            lambda folder: peft_format.write_into(folder, config, tensors, adapter.base),  # pyright: ignore
+            {**parameters(run), **run.optimizer.state()},
+            state,
+        )
     checkpoint.retain(run.output, run.config.keep)
     run.on_event({"event": "checkpoint", "step": run.step, "path": str(path)})
     return run.step
+
+
+@contextmanager
+def saying_what_is_saved(run: Run) -> Generator[None]:
+    """Turns what goes wrong in writing a run's files into a TrainingError that says what there is to go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointError, ConfigError) as error:
+        whole = bool(checkpoint.folders(run.output))
+        next_step = f"make room, then: loratune train --resume {run.output}" if whole else "make room and start again"
+        raise TrainingError(
+            f"step {run.step} could not be saved: {error} {_last_checkpoint(run)} Next: {next_step}."
+        ) from error
 
 
 class _Clock:
@@ -222,9 +345,21 @@ class _Clock:
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts a run back to where a checkpoint was taken: parameters, moments, position."""
+    missing = [name for name in (*_STATE, "num_metrics", "course") if name not in saved.state]
+    if missing:
+        raise CheckpointError(f"{saved.path / checkpoint.STATE} lacks {', '.join(missing)}: another version wrote it.")
     run.optimizer.load(_copy_parameters(run, saved))
-    run.step, run.best = saved.state["step"], saved.state["best"]
-    run.num_metrics = saved.state["num_metrics"]
+    for name in (*_STATE, "num_metrics"):
+        setattr(run, name, saved.state[name])
+    run.course = watch.Course(**saved.state["course"])
+
+
+def label_changed(run: Run, changed: list[str]) -> None:
+    """Notes that a restored run goes on with something changed: nothing it held itself to before binds it now."""
+    run.continued = [*run.continued, {"step": run.step, "changed": changed}]
+    run.micro_batch_tokens = run.config.micro_batch_tokens
+    if any(each.startswith(("data.validation", "base_model")) for each in changed):
+        run.best, run.stale = None, 0  # measured on something else
 
 
 def use_best(run: Run) -> None:
@@ -233,7 +368,7 @@ def use_best(run: Run) -> None:
         _copy_parameters(run, checkpoint.read(checkpoint.step_folder(run.output, run.best["step"])))
 
 
-def _parameters(run: Run) -> dict[str, Tensor]:
+def parameters(run: Run) -> dict[str, Tensor]:
     """Returns what is trained, bit for bit: the adapter's own file holds what others can read (PiSSA's as rank 2 r)."""
     return {_PARAMETER + name: parameter.detach() for name, parameter in run.optimizer.parameters.items()}
 
@@ -243,5 +378,9 @@ def _copy_parameters(run: Run, saved: checkpoint.Checkpoint) -> dict[str, Tensor
     """Takes the parameters of a checkpoint; returns the moments that are stored with them."""
     tensors = saved.training_state()
     for name, parameter in run.optimizer.parameters.items():
-        parameter.copy_(tensors.pop(_PARAMETER + name))
+        stored = tensors.pop(_PARAMETER + name, None)
+        if stored is None or stored.shape != parameter.shape:
+            found = "is not there" if stored is None else f"has shape {tuple(stored.shape)}"
+            raise CheckpointError(f"{saved.path}: {name} {found}; expected {tuple(parameter.shape)}: another adapter.")
+        parameter.copy_(stored)
     return tensors

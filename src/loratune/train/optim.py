@@ -48,6 +48,10 @@ class Optimizer:
     def clear(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
+    def ratios(self) -> dict[Tensor, float]:
+        """Returns for each tensor that is updated its share of the learning rate."""
+        return {parameter: group["ratio"] for group in self._adamw.param_groups for parameter in group["params"]}
+
     def state(self) -> dict[str, Tensor]:
         """Returns the moments as "<moment>.<parameter name>" and the step count as "step"; empty before step 1."""
         tensors: dict[str, Tensor] = {}

@@ -1,0 +1,121 @@
+"""The words of a run's page, in English and Ukrainian."""
+
+import os
+from typing import Final
+
+TEXTS: Final[dict[str, dict[str, str]]] = {
+    "en": {
+        "title": "Run {name}",
+        "better": "It learnt: the held-out loss fell from {before} to {after} (95%: {low} to {high}).",
+        "same": "No clear change: the held-out loss went from {before} to {after}, within its 95% interval "
+        "({low} to {high}).",
+        "worse": "It got worse: the held-out loss rose from {before} to {after} (95%: {low} to {high}).",
+        "unknown": "No evaluation after the first step is on record.",
+        "unfinished": "The run has not ended: {done} steps are done.",
+        "changed": "Continued with something changed: the result is not that of one unbroken run.",
+        "loss": "Loss",
+        "loss_note": "Per trained token, in nats. Points: held-out rows with their 95% interval.",
+        "training": "training",
+        "held_out": "held out",
+        "rate": "Learning rate",
+        "speed": "Tokens a second",
+        "memory": "Peak memory, GB",
+        "norm": "Gradient norm",
+        "step": "step",
+        "trained": "What was trained",
+        "spectrum": "How much of its rank each update uses",
+        "spectrum_note": "Median over the layers of the singular values of s B A, the largest of each being 1. A line "
+        "that falls at once needs no higher rank.",
+        "samples": "Before and after",
+        "samples_note": "The first held-out rows, answered greedily.",
+        "prompt": "prompt",
+        "before": "before",
+        "after": "after",
+        "reference": "asked for",
+        "rows": "Rows",
+        "rows_in": "rows read",
+        "rows_trained": "trained on",
+        "rejected": "rejected",
+        "settings": "Settings",
+        "settings_note": "Every value and where it came from.",
+        "setting": "setting",
+        "value": "value",
+        "origin": "from",
+        "events": "Events",
+        "environment": "Environment",
+        "use": "How to use the adapter",
+        "use_chat": "Talk to it",
+        "use_python": "In Python",
+        "use_merge": "As one model without an adapter",
+        "best": "kept: the weights of step {step}, the best by held-out loss",
+        "compare": "Comparison of {count} runs",
+        "difference": "What differs",
+        "paired": "{one} against {other}: difference of the held-out loss per token {value} (95%: {low} to {high}), on "
+        "the same {rows} rows: {verdict}.",
+        "first_better": "{one} is better",
+        "second_better": "{other} is better",
+        "no_difference": "no clear difference",
+        "unpaired": "{one} and {other} were not evaluated on the same rows: no paired test.",
+    },
+    "uk": {
+        "title": "Запуск {name}",
+        "better": "Модель навчилася: втрати на відкладених рядках впали з {before} до {after} "
+        "(95%: від {low} до {high}).",
+        "same": "Чіткої зміни немає: втрати на відкладених рядках були {before}, стали {after}, у межах 95% інтервалу "
+        "(від {low} до {high}).",
+        "worse": "Стало гірше: втрати на відкладених рядках зросли з {before} до {after} (95%: від {low} до {high}).",
+        "unknown": "Після першого кроку оцінювання не було.",
+        "unfinished": "Запуск не завершено: зроблено кроків: {done}.",
+        "changed": "Продовжено зі змінами: результат не такий, як у безперервного запуску.",
+        "loss": "Втрати",
+        "loss_note": "На один навчальний токен, у натах. Точки: відкладені рядки з 95% інтервалом.",
+        "training": "навчання",
+        "held_out": "відкладені рядки",
+        "rate": "Швидкість навчання",
+        "speed": "Токенів за секунду",
+        "memory": "Найбільша пам'ять, ГБ",
+        "norm": "Норма градієнта",
+        "step": "крок",
+        "trained": "Що навчалося",
+        "spectrum": "Скільки свого рангу використовує кожна поправка",
+        "spectrum_note": "Медіана за шарами сингулярних чисел s B A, найбільше в кожному шарі дорівнює 1. Якщо лінія "
+        "одразу падає, вищий ранг не потрібен.",
+        "samples": "До і після",
+        "samples_note": "Перші відкладені рядки, відповідь найімовірнішими токенами.",
+        "prompt": "запит",
+        "before": "до",
+        "after": "після",
+        "reference": "очікувано",
+        "rows": "Рядки",
+        "rows_in": "прочитано рядків",
+        "rows_trained": "навчалося на",
+        "rejected": "відхилено",
+        "settings": "Налаштування",
+        "settings_note": "Кожне значення і звідки воно взялося.",
+        "setting": "налаштування",
+        "value": "значення",
+        "origin": "звідки",
+        "events": "Події",
+        "environment": "Середовище",
+        "use": "Як користуватися адаптером",
+        "use_chat": "Поговорити з ним",
+        "use_python": "У Python",
+        "use_merge": "Як одна модель без адаптера",
+        "best": "збережено ваги кроку {step}, найкращі за втратами на відкладених рядках",
+        "compare": "Порівняння запусків: {count}",
+        "difference": "Чим відрізняються",
+        "paired": "{one} проти {other}: різниця втрат на токен відкладених рядків {value} (95%: від {low} до {high}), "
+        "на тих самих рядках ({rows}): {verdict}.",
+        "first_better": "кращий {one}",
+        "second_better": "кращий {other}",
+        "no_difference": "чіткої різниці немає",
+        "unpaired": "{one} і {other} оцінювалися на різних рядках: парного порівняння немає.",
+    },
+}
+LANGUAGES = tuple(TEXTS)
+
+
+def language() -> str:
+    """Returns the reader's language as the environment has it, "uk" or "en" (POSIX: LC_ALL, LC_MESSAGES, LANG)."""
+    wish = next((os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)), "")
+    return "uk" if wish.lower().startswith("uk") else "en"
