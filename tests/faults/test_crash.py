@@ -75,7 +75,7 @@ def failing(toy: Toy, points: Iterable[Point], action: harness.Action, ends: set
 def test_a_process_ended_at_any_file_operation(toy: Toy) -> None:
     everything = harness.points(toy.calls, WHENS)
     assert len(everything) > 800 and toy.calls.count("save_file") == 6
-    chosen = sample(everything, 24)
+    chosen = sample(everything, 16)
     broken = failing(toy, chosen, harness.crash, {CRASHED})
     harness.figure("crash points", len(chosen) - len(broken), len(chosen), broken)
 
@@ -97,7 +97,7 @@ def test_a_process_ended_again_while_it_is_taken_up(toy: Toy) -> None:
 )
 def test_a_disk_full_at_any_file_operation(toy: Toy, action: harness.Action, name: str) -> None:
     """The run stops and says what is saved, or does not need what failed; what was saved before is whole."""
-    chosen = sample(harness.points(toy.calls, ("before", "amid")), 12)
+    chosen = sample(harness.points(toy.calls, ("before", "amid")), 8)
     broken = failing(toy, chosen, action, {harness.REFUSED, DONE})
     harness.figure(f"disk full {name}", len(chosen) - len(broken), len(chosen), broken)
 
@@ -124,13 +124,13 @@ def test_a_limit_on_the_size_of_files(toy: Toy) -> None:
     step = 256 if FULL else largest // 4
     cases = [(save, size) for save in range(1, 7) for size in range(0, largest, step)]
     good = 0
-    for save, size in cases if FULL else cases[::3]:
+    for save, size in cases if FULL else cases[::4]:
         output = toy.folder / f"limit-{save}-{size}"
         child = start(toy.run, output, before=lambda save=save, size=size: limit_at(save, size))
         assert child.wait() == harness.REFUSED
         whole = child.saved == save - 1 and toy.is_safe(output, save - 1)
         good += whole and toy.ends_the_same(output)
-    harness.figure("size limits", good, len(cases if FULL else cases[::3]))
+    harness.figure("size limits", good, len(cases if FULL else cases[::4]))
 
 
 def test_sigkill_at_random_times(toy: Toy) -> None:
