@@ -156,7 +156,7 @@ def table(stored):
         "",
         f"Median of {REPEATS} (smallest to largest), {ROWS:,} rows, Gemma 3's tokenizer. {about}.",
         "",
-        "| rows | ours, seconds | `encode_batch_fast` alone, seconds | its speed that ours reaches | start-up, seconds |",
+        "| rows | ours, s | `encode_batch_fast` alone, s | its speed that ours reaches | start-up, s |",
         "|---|---|---|---|---|",
     ]
     for kind, runs in stored["runs"].items():

@@ -95,7 +95,7 @@ def test_hostile_rows_are_harmless_and_fit_the_terminal(folder: Path, width: int
 
 
 @pytest.mark.parametrize("row", [CHAT, WIDE], ids=["hostile", "wide"])
-@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("width", [41, 80, 200])
 def test_every_token_is_drawn_once_and_in_order(folder: Path, width: int, row: Any) -> None:
     found = preview(write("rows.jsonl", row), Encoder(tokenizer_of("chatml"), 4000))
     lines = drawn(row, width=width, colour=True)

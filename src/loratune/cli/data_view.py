@@ -76,8 +76,8 @@ def _show_notes(console: Console, ledger: Ledger) -> None:
         return
     _heading(console, "worth a look")
     for name, note in ledger.notes.items():
-        more = ", ..." if note.count > len(note.examples) else ""
-        _item(console, "·", "yellow", f"{name} ({note.count:,})", "; ".join(note.examples) + more)
+        more = ["..."] if note.count > len(note.examples) else []
+        _item(console, "·", "yellow", f"{name} ({note.count:,})", *note.examples, *more)
 
 
 def _show_facts(console: Console, found: Preview) -> None:
@@ -225,11 +225,13 @@ def _heading(console: Console, text: str, note: str = "") -> None:
     console.print(Text.assemble((visible(text), "bold"), (note, "dim")))
 
 
-def _item(console: Console, mark: str, style: str, name: str, text: str) -> None:
+def _item(console: Console, mark: str, style: str, name: str, *texts: str) -> None:
+    """Prints a name with a text behind it, or with several below it."""
     table = Table.grid(padding=(0, 1))
-    table.add_row(
-        Text(f"  {mark}", style), Text.assemble(f"{visible(name)}: ", (visible(text), "dim"), overflow="fold")
-    )
+    first, *rest = (Text(visible(text), "dim", overflow="fold") for text in texts)
+    table.add_row(Text(f"  {mark}", style), Text.assemble(f"{visible(name)}: ", first, overflow="fold"))
+    for text in rest:
+        table.add_row("", text)
     console.print(table)
 
 
