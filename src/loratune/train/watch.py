@@ -28,7 +28,7 @@ from loratune.train.optim import Optimizer
 
 _MASTERS = (torch.float32, torch.float64)  # float64 where the base is
 _MIN_TOKENS = 4  # with one position to look at, attention's query and key have no gradient
-# Our loss and the model's own differ by rounding only: over 25 tiny families by at most 5e-7 in float32 (bfloat16 2e-3),
+# Our loss and the model's own differ by rounding only: over 25 tiny families by 5e-7 in float32 (bfloat16 2e-3),
 # on Gemma 3 270M by 1.3e-5; labels that are shifted by one, or rows that see each other, by percents.
 _LOSS_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 BLOWN_UP_STEPS = 8  # in a row; a step that is high by chance alone has a low one among the next
