@@ -11,8 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from data.toy_tokenizer import tokenizer_of
-from loratune.cli import main
-from loratune.cli.data_view import show_preview
+from loratune.cli import data_view, main
 from loratune.data.encode import Encoder
 from loratune.data.preview import Piece, preview, visible
 from tiny_run import CONTEXT, save_model
@@ -51,7 +50,7 @@ def drawn(*rows: Any, width: int, colour: bool, **options: Any) -> list[str]:
     found = preview(write("rows.jsonl", *rows), Encoder(tokenizer_of("chatml"), 4000), **options)
     file = io.StringIO()
     system = "256" if colour else None
-    show_preview(Console(file=file, width=width, color_system=system, force_terminal=colour), found)
+    data_view.show_preview(Console(file=file, width=width, color_system=system, force_terminal=colour), found)
     assert colour == ("\x1b[" in file.getvalue())
     return COLOURS.sub("", file.getvalue()).splitlines()
 
@@ -101,6 +100,13 @@ def test_every_token_is_drawn_once_and_in_order(folder: Path, width: int, row: A
     lines = drawn(row, width=width, colour=True)
     inside = found.rows[0].documents[0]
     assert "".join(tokens_of(lines)) == "".join(visible(piece.text) or "∙" for piece in inside)
+
+
+@pytest.mark.parametrize("width", range(38, 46))
+def test_no_line_is_wider_than_the_terminal(folder: Path, width: int) -> None:
+    found = preview(write("rows.jsonl", WIDE), Encoder(tokenizer_of("chatml"), 4000))
+    lines = list(data_view._lines(found.rows[0].documents[0], width))
+    assert width - 1 <= max(sum(cell_len(text) for text, _, _ in line) for line in lines) <= width
 
 
 def tokens_of(lines: list[str]) -> list[str]:

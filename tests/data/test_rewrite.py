@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,26 @@ def test_a_table_is_split_too(tmp_path: Path) -> None:
     assert read(tmp_path / "out") == read(tmp_path / "same")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(b"\xff", "it has a value of the type bytes"), (float("nan"), "Out of range float values are not JSON compliant")],
+)
+def test_what_json_cannot_hold_is_not_written_as_something_else(tmp_path: Path, value: Any, message: str) -> None:
+    rows = [{"text": f"row {n}", "metadata": {"value": value}} for n in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=rf"rows.parquet:1: JSON cannot hold the row: {message}"):
+        write_splits(tmp_path / "rows.parquet", tmp_path / "out", SHARES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dates_and_decimals_are_written_as_text(tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}", "metadata": {"on": date(2024, 1, 31), "at": Decimal("1.50")}} for n in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_splits(tmp_path / "rows.parquet", tmp_path / "out", SHARES)
+    written = [row["metadata"] for split in read(tmp_path / "out").values() for row in split]
+    assert written == [{"on": "2024-01-31", "at": "1.50"}] * 40
+
+
 def test_what_comes_out_can_be_trained_on(tmp_path: Path) -> None:
     write_splits(write(tmp_path / "rows.jsonl", pairs(80)), tmp_path / "out", {"train": 0.7, "validation": 0.3})
     assert len(read_rows(tmp_path / "out")) + len(read_rows(f"{tmp_path / 'out'}/validation")) == 80
@@ -98,6 +120,14 @@ def test_rejected_rows_stop_it_unless_they_are_left_out(tmp_path: Path, writer: 
     ledger = result[1] if isinstance(result, tuple) else result
     assert (ledger.rows_in, ledger.rows_trained, len(ledger.rejects)) == (42, 40, 2)
     assert (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=["split", "convert"])
+@pytest.mark.parametrize("rows", [[], ["{"]], ids=["no rows", "no good rows"])
+def test_nothing_to_write_is_an_error(tmp_path: Path, writer: Write, rows: list[str]) -> None:
+    with pytest.raises(DataError, match=f"none of the {len(rows)} rows can be used, so nothing was written"):
+        writer(write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl", reject=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize(

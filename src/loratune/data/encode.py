@@ -175,10 +175,14 @@ class Encoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return {text: self.tokens(text) for text in unique}
-        # What `encode` sets before each call; another user of the tokenizer may have left something else.
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
+        # What `encode` sets before each call; another user of the tokenizer may have left something else. What is right
+        # already is left alone: no tokenizer can be set while another thread encodes with it.
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.encode_special_tokens != (splits := bool(getattr(self.tokenizer, "split_special_tokens", False))):
+            backend.encode_special_tokens = splits
         encodings = backend.encode_batch_fast(unique, add_special_tokens=False)
         return {text: encoding.ids for text, encoding in zip(unique, encodings, strict=True)}
 
@@ -199,7 +203,7 @@ class Encoder:
                 f"the row is {document.num_tokens} tokens long, the limit is {self.max_tokens}. "
                 "Rows are never cut: shorten or split it."
             )
-        if not document.trained.any():
+        if not document.trained[-1] and not document.trained.any():  # mostly the last token is
             raise DataError("no token of the row would be trained.")
         return document
 
@@ -336,8 +340,8 @@ def _strings(value: Any, found: list[str]) -> list[str]:
 
 
 def _document(ids: list[int], begin: int) -> Document:
-    trained = np.ones(len(ids), dtype=np.bool_)
-    trained[:begin] = False
+    trained = np.zeros(len(ids), dtype=np.bool_)
+    trained[begin:] = True
     return Document(np.array(ids, dtype=np.int32), trained)
 
 

@@ -3,8 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from datetime import date, time
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from loratune.data.ledger import Ledger
 from loratune.data.rows import Reject, Row, iter_rows, write_rows
@@ -59,7 +62,7 @@ def write_splits(
             names = split([record if group else row for row, record in batch], shares, seed, group)
             for name, (_, record) in zip(names, batch, strict=True):
                 counts[name] += 1
-                files[name].write((json.dumps(record.value, ensure_ascii=False, default=str) + "\n").encode())
+                files[name].write(_line(record))
         _check_filled(spec, counts, shares)
     return counts, ledger
 
@@ -71,6 +74,8 @@ def _sound(items: Iterable[Row | Reject], ledger: Ledger, reject: bool) -> Itera
     if ledger.rejects and not reject:
         found = ledger.message().rpartition("\n")[0]  # its last line is for a run
         raise DataError(f"{found}\nNothing was written. Mend or remove them, or leave them out with --reject.")
+    if not ledger.rows_trained:
+        raise DataError(f"none of the {ledger.rows_in:,} rows can be used, so nothing was written.")
     ledger.close()
 
 
@@ -78,7 +83,25 @@ def _with_records(spec: str | Path, rows: Iterable[Row]) -> Iterator[tuple[Row, 
     """Yields each row with what stands in the source, the columns that no format knows included."""
     records = read_records(spec)
     for row in rows:
-        yield row, next(record for record in records if (record.source, record.line) == (row.source, row.line))
+        place = (row.source, row.line)
+        found = next((record for record in records if (record.source, record.line) == place), None)
+        if found is None:
+            raise DataError(f"{spec} changed while it was read; start again when nothing writes to it.")
+        yield row, found
+
+
+def _line(record: Record) -> bytes:
+    """Returns a row as a line of JSON, dates and decimals of tables as text; DataError for what JSON cannot hold."""
+    try:
+        return (json.dumps(record.value, ensure_ascii=False, allow_nan=False, default=_as_text) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{record.source}:{record.line}: JSON cannot hold the row: {error}.") from error
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, date | time | Decimal):  # a datetime is a date
+        return str(value)
+    raise TypeError(f"it has a value of the type {type(value).__name__}")
 
 
 def _check_filled(spec: str | Path, counts: Mapping[str, int], shares: Mapping[str, float]) -> None:

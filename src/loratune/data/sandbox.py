@@ -6,7 +6,6 @@ after CPU_SECONDS of processor time in one rendering. The next row gets a new pr
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -54,7 +53,6 @@ class Sandbox:
     """A rendering process, started at its first use and after each stop; closed with this object."""
 
     _process: "subprocess.Popen[bytes] | None" = None
-    _owner: int = 0  # a forked child must not write into its parent's pipes
     _stops: Counter[str] = field(default_factory=Counter[str])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -93,7 +91,8 @@ class Sandbox:
         return results
 
     def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+        # Not alive, too, is what a forked child finds: the process is its parent's, and so are the pipes.
+        if self._process is None or self._process.poll() is not None:
             worker = Path(__file__).with_name("sandbox_worker.py")
             # -P: the folder of the script is no place to import from. A session of its own: Ctrl-C is for the run.
             process = subprocess.Popen(
@@ -104,7 +103,7 @@ class Sandbox:
                 start_new_session=True,
             )
             weakref.finalize(self, _close, process)
-            self._process, self._owner = process, os.getpid()
+            self._process = process
         return self._process
 
     def _stopped(self, template: Template, process: "subprocess.Popen[bytes]") -> DataError:
