@@ -13,14 +13,15 @@ import loratune
 _ROOT = Path(loratune.__file__).parent
 # A part may import those of lower levels and itself; adapter and data, on one level, never each other.
 _LEVELS = {
-    "errors": 0, "files": 1, "adapter": 2, "data": 2, "model": 3, "evaluate": 4, "train": 5, "ladder": 6,
+    "errors": 0, "language": 0, "files": 1, "adapter": 2, "data": 2, "model": 3, "evaluate": 4, "train": 5, "ladder": 6,
     # They read values and run directories, and nothing above imports them.
     "report": 7, "export": 7, "explain": 7, "serve": 7, "compat": 7,
-    "api": 8, "demo": 9, "cli": 10,
+    "outputs": 8, "api": 9, "demo": 10, "cli": 11,
 }  # fmt: skip
 # What a part may need beyond the standard library and loratune; elsewhere anything that pyproject.toml names.
 _THIRD_PARTIES = {
     "errors": set[str](),
+    "language": set[str](),
     "files": set[str](),
     "adapter": {"torch", "safetensors", "numpy"},
     "data": {"numpy", "pyarrow", "datasets", "jinja2"},

@@ -1,6 +1,5 @@
 """The library's front door: load a model, attach, train, resume, export. What the command line calls."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune import files
+from loratune import files, outputs
 from loratune.adapter import peft_format
 from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
 from loratune.adapter.summary import coverage
@@ -20,13 +19,12 @@ from loratune.evaluate.samples import Sample, sample
 from loratune.export.consumers import check
 from loratune.export.convert import convert
 from loratune.export.merged import export_merged
-from loratune.model import embedded
+from loratune.language import language as system_language
 from loratune.model.causal import CausalModel
 from loratune.model.gguf import cache_root
 from loratune.model.load import load_model
 from loratune.report import adapters as adapter_reports
-from loratune.report import figures, run_texts
-from loratune.report.run_files import EVALUATIONS
+from loratune.report import figures
 from loratune.report.run_page import run_page
 from loratune.train import checkpoint, identity, loop, replay
 from loratune.train.config import ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
@@ -47,7 +45,7 @@ __all__ = [
     "train",
 ]
 
-RUN_FILE, SAMPLES, ABOUT, REPORT = "run.yaml", "samples.jsonl", "loratune.json", "report.html"
+RUN_FILE, REPORT = "run.yaml", "report.html"
 
 
 @dataclass(frozen=True)
@@ -226,8 +224,7 @@ def _prepare(
         optimizer=Optimizer(attached.adapter, config.train),
         train=training,
         validation=validation,
-        identity=identity.identity(attached, tokenizer, config, training, validation)
-        | {"rows": data.model_dump(include={"format", "columns", "train_on", "long"})},
+        identity=identity.identity(attached, tokenizer, config, training, validation),
         on_event=on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -260,9 +257,9 @@ def _finish(
         loop.use_best(state)
         samples_after = sample(state.causal.model, tokenizer, state.validation.documents)
         with loop.saying_what_is_saved(state):
-            _write_adapter(state, tokenizer)
-            _write_samples(state.output, samples_before, samples_after)
-            _write_evaluations(state)
+            outputs.write_adapter(state, tokenizer)
+            outputs.write_samples(state.output, samples_before, samples_after)
+            outputs.write_evaluations(state)
             write_report(state.output)
     finally:
         state.causal.close()
@@ -281,78 +278,11 @@ def _finish(
     )
 
 
-def _write_evaluations(state: Run) -> None:
-    """Writes the loss of every held-out row at each evaluation, so that runs on the same rows can be paired."""
-    path = state.output / EVALUATIONS
-    before: dict[str, Any] = json.loads(path.read_bytes())["losses"] if path.exists() else {}
-    now = {str(step): list(each.document_losses) for step, each in state.evaluations.items()}
-    labels = [document.num_labels for document in state.validation.documents]
-    files.write_json(path, {"digest": state.validation.digest, "labels": labels, "losses": before | now})
-
-
 def write_report(run: Path, language: str | None = None) -> Path:
     """Writes a run's page, report.html, in English or Ukrainian ("en", "uk"; None: the system's); returns its path."""
     page = run / REPORT
-    files.atomic_write(page, run_page(run, language or run_texts.language()))
+    files.atomic_write(page, run_page(run, language or system_language()))
     return page
-
-
-def _write_samples(output: Path, before: tuple[Sample, ...], after: tuple[Sample, ...]) -> None:
-    lines = [
-        json.dumps({"when": when, **each.to_json()}, ensure_ascii=False)
-        for when, samples in (("before", before), ("after", after))
-        for each in samples
-    ]
-    files.atomic_write(output / SAMPLES, "\n".join(lines) + "\n")
-
-
-def _write_adapter(state: Run, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the run's adapter/: PEFT's two files, the tokenizer, a model card, and the terms of the base."""
-    adapter, model = state.attached.adapter, state.causal.model
-    config, tensors = peft_format.encode(adapter, model)
-    base = config["base_model_name_or_path"]
-    with files.staged_directory(state.output / "adapter", replace=True) as staging:
-        peft_format.write_into(staging, config, tensors, adapter.base)
-        tokenizer.save_pretrained(str(staging))
-        about = {"data_kind": state.train.kind, "steps": state.step, "best": state.best}
-        about |= {"label": loop.NOT_IDENTICAL, "continued": state.continued} if state.continued else {}
-        files.write_json(staging / ABOUT, about)
-        files.atomic_write(staging / "README.md", _model_card(base, state))
-        write_terms(staging, base)
-
-
-def write_terms(folder: Path, base: str | None) -> None:
-    """Writes the terms that come with a base model (Gemma's: section 3.1 asks for them and a NOTICE) into a folder."""
-    notice = embedded.notice(base) if base else None
-    if base is None or notice is None:
-        return
-    files.atomic_write(folder / "NOTICE", notice + "\n")
-    for terms in embedded.terms_files(base):
-        files.atomic_write(folder / terms.name, terms.read_bytes())
-
-
-def _model_card(base: str | None, state: Run) -> str:
-    kept = state.best["step"] if state.best else state.step
-    front = [
-        "---",
-        f"base_model: {base}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags: [lora, loratune]",
-    ]
-    body = [
-        "---",
-        "",
-        f"# LoRA adapter for {base}",
-        "",
-        f"Trained with loratune on {len(state.train):,} rows; weights of step {kept} of {state.num_steps}.",
-        "",
-        "```",
-        state.attached.summary(),
-        "```",
-        "",
-    ]
-    return "\n".join(front + body)
 
 
 def adapter_info(

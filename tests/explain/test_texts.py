@@ -13,6 +13,7 @@ from loratune.adapter.config import LoraConfig
 from loratune.adapter.roles import PRESET_SETTINGS
 from loratune.errors import ConfigError
 from loratune.explain import en, texts, uk
+from loratune.language import language
 
 # Latin words that stand in a Ukrainian text without marks: names of things, people, models and mathematics.
 NAMES = set(
@@ -47,9 +48,9 @@ PATHS = [path for path in ENGLISH if path[0] != "number"]
 def test_both_languages_have_every_text() -> None:
     assert ENGLISH.keys() == UKRAINIAN.keys()
     assert all(text.strip() for text in (*ENGLISH.values(), *UKRAINIAN.values()) if text != "\u00a0")
-    for language in texts.LANGUAGES.values():
-        assert set(language["topics"]) == set(texts.TOPICS)
-        assert all(set(topic) == FIELDS for topic in language["topics"].values())
+    for text in texts.LANGUAGES.values():
+        assert set(text["topics"]) == set(texts.TOPICS)
+        assert all(set(topic) == FIELDS for topic in text["topics"].values())
 
 
 def figures(text: str) -> Counter[str]:
@@ -81,7 +82,7 @@ def test_each_language_is_written_in_its_own_letters() -> None:
 
 def test_the_drawings_have_the_same_lines() -> None:
     """Boxes and arrows stand in the same columns; words inside them have the same length."""
-    drawings = [language["intro"]["drawing"] for language in texts.LANGUAGES.values()]
+    drawings = [text["intro"]["drawing"] for text in texts.LANGUAGES.values()]
     for one, other in zip(*drawings, strict=True):
         signs = [[(i, sign) for i, sign in enumerate(line) if sign in "│┌┐└┘─┬┴▼►◄+"] for line in (one, other)]
         assert signs[0] == signs[1]
@@ -91,16 +92,16 @@ def test_the_drawings_have_the_same_lines() -> None:
 @pytest.mark.parametrize("name", texts.PRESET_NAMES)
 def test_the_texts_state_the_presets_that_the_code_has(name: str) -> None:
     settings = PRESET_SETTINGS[name]
-    for language in texts.LANGUAGES.values():
-        what = texts.one_line(language["topics"][name]["what"])
+    for text in texts.LANGUAGES.values():
+        what = texts.one_line(text["topics"][name]["what"])
         assert f"r = {settings['r']}, lora_alpha = {settings['lora_alpha']}" in what
 
 
 def test_what_is_not_named_is_as_the_texts_say() -> None:
     config = LoraConfig()
     assert (config.r, config.lora_alpha, config.target_modules) == (8, 2 * config.r, "fast")
-    for language in texts.LANGUAGES.values():
-        assert "`fast`" in language["notes"]["rest"] and "r = 8, lora_alpha = 2 r" in language["notes"]["rest"]
+    for text in texts.LANGUAGES.values():
+        assert "`fast`" in text["notes"]["rest"] and "r = 8, lora_alpha = 2 r" in text["notes"]["rest"]
 
 
 @pytest.mark.parametrize("module", [en, uk])
@@ -122,7 +123,7 @@ def test_the_texts_are_data(module: Any) -> None:
     ],
 )
 def test_the_language_is_the_locales(environment: dict[str, str], expected: str) -> None:
-    assert texts.language(environment) == expected
+    assert language(environment) == expected
 
 
 @pytest.mark.parametrize(

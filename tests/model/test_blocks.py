@@ -247,6 +247,20 @@ def test_closing_gives_the_layers_their_own_forward_back() -> None:
     attached.detach()
 
 
+def test_a_forward_that_somebody_else_put_there_stays() -> None:
+    model = FAMILIES["llama"]()
+    attached = adapted(model)
+    layers = model.base_model.layers
+    own = layers[0].forward
+    layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate does
+    theirs = layers[0].forward
+    causal = CausalModel(model)
+    assert causal.blocks is not None and [block.layer for block in causal.blocks.found] == list(layers[1:])
+    causal.close()
+    assert layers[0].forward is theirs and "forward" not in layers[1].__dict__
+    attached.detach()
+
+
 def test_a_norm_is_known_by_what_it_computes() -> None:
     class Scaled(ExactNorm):
         def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 from loratune import api, files
 from loratune.cli.main import run as command
 from loratune.errors import ConfigError
+from loratune.language import language
 from loratune.report import charts, run_texts
 from loratune.report.run_files import RunFiles, paired
 from loratune.report.run_page import compare_page, differences, paired_test, run_page, verdict
@@ -34,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_every_run_ends_with_its_page(runs: tuple[Path, Path]) -> None:
     page = (runs[0] / api.REPORT).read_text("utf-8")
-    assert page == run_page(runs[0], run_texts.language())
+    assert page == run_page(runs[0], language())
     last = RunFiles.open(runs[0]).kept
     assert last is not None and f"{last['loss']:.3f}" in page and "adapter.r" in page and "--r" in page
     assert page.count("<svg") == 6 and "down_proj" in page  # five curves, the spectra; the coverage map
@@ -44,32 +45,22 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_text_as_text(runs: tupl
     folder = tmp_path / "hostile"
     shutil.copytree(runs[0], folder)
     sample = {"when": "after", "prompt": "<script>alert(1)</script>", "answer": "&<b>", "reference": "</table>"}
-    (folder / "samples.jsonl").write_text(json.dumps(sample))
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     page = run_page(folder)
     assert not re.search(r"<script|https?://|src=|url\(|@import|<link", page)
     assert "&lt;script&gt;alert(1)" in page and "&amp;&lt;b&gt;" in page
 
 
-@pytest.mark.parametrize("language", run_texts.LANGUAGES)
-def test_both_languages_say_the_same_things(language: str, runs: tuple[Path, Path]) -> None:
-    texts = run_texts.TEXTS[language]
+@pytest.mark.parametrize("which", ["en", "uk"])
+def test_both_languages_say_the_same_things(which: str, runs: tuple[Path, Path]) -> None:
+    texts = run_texts.TEXTS[which]
     assert texts.keys() == run_texts.TEXTS["en"].keys()
     for key, text in run_texts.TEXTS["en"].items():
         assert set(re.findall(r"{\w+}", texts[key])) == set(re.findall(r"{\w+}", text)), key
-    if language == "uk":
+    if which == "uk":
         assert not [key for key, text in texts.items() if not re.search("[а-яіїєґ]", text.lower()) and "{" not in text]
-    page = run_page(runs[0], language)
-    assert f'lang="{language}"' in page and texts["loss"] in page and texts["settings_note"] in page
-
-
-def test_the_language_is_that_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
-        monkeypatch.delenv(name, raising=False)
-    assert run_texts.language() == "en"
-    monkeypatch.setenv("LANG", "uk_UA.UTF-8")
-    assert run_texts.language() == "uk"
-    monkeypatch.setenv("LC_ALL", "C")
-    assert run_texts.language() == "en"
+    page = run_page(runs[0], which)
+    assert f'lang="{which}"' in page and texts["loss"] in page and texts["settings_note"] in page
 
 
 def test_the_paired_difference_is_that_of_the_evaluations(runs: tuple[Path, Path]) -> None:
@@ -123,6 +114,38 @@ def test_a_run_that_was_killed_shows_what_there_is(runs: tuple[Path, Path], tmp_
         run_page(tmp_path)
 
 
+def test_a_damaged_record_is_named(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(runs[0], folder)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'{"event": "step", "step": 2,', b'{"event": "step", "step": 2;'))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:\d+ is damaged"):
+        run_page(folder)
+
+
+def test_an_adapter_that_cannot_be_read_is_said_on_the_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "touched"
+    shutil.copytree(runs[0], folder)
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "adapter_model.safetensors" in run_page(folder)
+
+
+def test_the_checkpoints_of_a_run_that_was_stopped_stay(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stopped run has an adapter too, but without its checkpoints it could not be taken up again."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(runs[0], folder)
+    about = folder / "adapter" / "loratune.json"
+    files.write_json(about, json.loads(about.read_bytes()) | {"ended": False})
+    assert command(["runs", "clean", str(folder), "--yes"]) == 0 and (folder / "checkpoints").is_dir()
+    assert "has not ended" in run_page(folder)
+    capsys.readouterr()
+    assert command(["runs", "show", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "not ended"
+
+
 def test_the_comparison_names_what_differs(runs: tuple[Path, Path]) -> None:
     rows = differences([RunFiles.open(folder) for folder in runs])
     assert [row for row in rows if row[0] == "adapter.r"] == [["adapter.r", "2", "4"]]
@@ -144,7 +167,7 @@ def test_the_verb_lists_shows_compares_and_cleans(
     assert 'lang="uk"' in (runs[0] / api.REPORT).read_text("utf-8")
     page = tmp_path / "pages" / "both.html"
     found = call("compare", *map(str, runs), "--output", str(page))
-    assert found["differences"] and page.read_text("utf-8") == compare_page(runs, run_texts.language())
+    assert found["differences"] and page.read_text("utf-8") == compare_page(runs, language())
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
     assert call("clean", str(copy))["bytes"] and (copy / "checkpoints").is_dir()

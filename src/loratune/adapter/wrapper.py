@@ -71,15 +71,15 @@ class Adapted(Slot):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.shared.rows is not None:
             return self._by_rows(self.base(x, *args, **kwargs), x, self.shared.rows)
-        if len(self.active) == 1 and (linear := self.linear(x)) is not None:
+        if len(self.active) == 1 and (linear := self.linear(_num_tokens(x), x.device)) is not None:
             return lora_linear(linear, x)
         frozen = y = self.base(x, *args, **kwargs)
         for factor in self.factors():
             y = y + added(self.host, self.base, factor, x, self.dropped(factor, x), frozen).to(y.dtype)
         return y
 
-    def linear(self, x: Tensor) -> Linear | None:
-        """Returns what a fused function needs to compute this layer for an input, or None where none may: rows of
+    def linear(self, num_tokens: int, device: torch.device) -> Linear | None:
+        """Returns what a fused function needs to compute this layer for so many tokens, or None where none may: rows of
         several adapters, several factors, one that is not plain; a base that trains, is watched or has no such path."""
         if self.shared.rows is not None or len(self.active) > 1 or self.host.input_grad is None:
             return None
@@ -88,7 +88,8 @@ class Adapted(Slot):
         factor: Any = self.active[0] if len(self.active) else None
         if factor is not None and not factor.is_plain:
             return None
-        return Linear(self.base, self.host, factor, None if factor is None else self.mask(factor, x))
+        mask = None if factor is None else self.mask(factor, (num_tokens, factor.A.shape[1]), device)
+        return Linear(self.base, self.host, factor, mask)
 
     def _by_rows(self, y: Tensor, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         if len(x) != self.shared.num_rows:  # another batch, or a model that flattens it before a layer (OPT's fc1)
@@ -103,26 +104,29 @@ class Adapted(Slot):
                 y = y.index_add(0, index, update.to(y.dtype))
         return y
 
-    def mask(self, factor: LowRank, x: Tensor) -> Mask | None:
-        """Returns the dropout of this site for an input (..., I), or None where nothing is dropped."""
+    def mask(self, factor: LowRank, shape: tuple[int, int], device: torch.device) -> Mask | None:
+        """Returns the dropout of this site for an input of a shape (T, I), or None where nothing is dropped."""
         if not (self.training and factor.dropout and self.host.takes_dropout):
             return None
-        num_tokens, width = x.numel() // x.shape[-1], x.shape[-1]
-        noise = self.shared.noise
+        noise, (num_tokens, width) = self.shared.noise, shape
         if noise is None or noise.num_tokens != num_tokens:
-            noise = torch.rand(num_tokens, width, device=x.device) < factor.dropout
-        return Mask(noise, self.site, width, factor.dropout, x.device)
+            noise = torch.rand(num_tokens, width, device=device) < factor.dropout
+        return Mask(noise, self.site, width, factor.dropout, device)
 
     def dropped(self, factor: LowRank, x: Tensor) -> Tensor:
         """Returns the adapter's input after dropout, scaled by 1 / (1 - p) so that its expectation is x."""
-        mask = self.mask(factor, x)
+        mask = self.mask(factor, (_num_tokens(x), x.shape[-1]), x.device)
         return x if mask is None else mask.apply(x)
 
 
-def linear_of(module: nn.Module, x: Tensor) -> Linear | None:
+def _num_tokens(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def linear_of(module: nn.Module, num_tokens: int, device: torch.device) -> Linear | None:
     """Returns what a fused function needs to compute a linear layer, adapted or not, or None: see `Adapted.linear`."""
     if isinstance(module, Adapted):
-        return module.linear(x)
+        return module.linear(num_tokens, device)
     if type(module) is nn.Linear and not (trains(module) or is_watched(module)):
         return Linear(module, LINEAR, None, None)
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune.cli.options import AsJson
+from loratune.cli.options import AsJson, mapping
 from loratune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def show(
     as_json: AsJson = False,
 ) -> int:
     """Show which tokens of your rows are trained, which rows are rejected and why, before anything trains."""
-    columns = _mapping(column, "--column", "prompt=question_text")
+    columns = mapping(column, "--column", "prompt=question_text")
     from loratune.data.preview import preview
 
     encoder, options = _encoder(model, max_tokens, train_on, long), _cached()
@@ -130,7 +130,7 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Check every row and list the rejected ones with their reasons; exit code 2 if there are any."""
-    columns = _mapping(column, "--column", "prompt=question_text")
+    columns = mapping(column, "--column", "prompt=question_text")
     from loratune.data import preview
     from loratune.data.tokenise import DROPPED
 
@@ -158,7 +158,7 @@ def convert(
     as_json: AsJson = False,
 ) -> int:
     """Write the rows as JSON Lines of another format, or of the plain form of their own."""
-    columns = _mapping(column, "--column", "prompt=question_text")
+    columns = mapping(column, "--column", "prompt=question_text")
     from loratune.data import rewrite
 
     ledger = rewrite.convert(spec, target, kind, format=format, columns=columns, reject=reject)
@@ -185,8 +185,8 @@ def split(
     as_json: AsJson = False,
 ) -> int:
     """Split the rows by a hash of their content: rows that are added later move no other row."""
-    columns = _mapping(column, "--column", "prompt=question_text")
-    shares = {name: _share(text) for name, text in _mapping(to.split(","), "--to", "train=0.9,test=0.1").items()}
+    columns = mapping(column, "--column", "prompt=question_text")
+    shares = {name: _share(text) for name, text in mapping(to.split(","), "--to", "train=0.9,test=0.1").items()}
     from loratune.data import rewrite
 
     folder = output or _beside(spec)
@@ -194,17 +194,6 @@ def split(
     counts, ledger = rewrite.write_splits(spec, folder, shares, **options)
     _show_ledger(spec, ledger, as_json, written={str(folder / f"{name}.jsonl"): n for name, n in counts.items()})
     return 0
-
-
-def _mapping(pairs: list[str] | None, option: str, example: str) -> dict[str, str]:
-    """Returns {NAME: VALUE} of NAME=VALUE texts; ConfigError for anything else."""
-    found: dict[str, str] = {}
-    for pair in pairs or ():
-        name, equals, value = (part.strip() for part in pair.partition("="))
-        if not (name and equals and value) or name in found:
-            raise ConfigError(f"{option}: {pair!r} is not one NAME=VALUE for each name; expected such as {example}.")
-        found[name] = value
-    return found
 
 
 def _share(text: str) -> float:
@@ -233,7 +222,7 @@ def _encoder(model: str, max_tokens: int | None, train_on: Part, long: Beyond) -
     else:
         source = load.resolve(model, _notify)
         max_tokens = max_tokens or _num_positions(source.path)
-    return Encoder(load._tokenizer(source), max_tokens, train_on=train_on.value, long=long.value)
+    return Encoder(load.tokenizer_of(source), max_tokens, train_on=train_on.value, long=long.value)
 
 
 def _num_positions(folder: Path) -> int | None:

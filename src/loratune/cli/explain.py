@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune.cli.options import AsJson, print_json
+from loratune.cli.options import AsJson, Lang, print_json
+from loratune.language import language as system_language
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,13 +23,6 @@ _MAX_CELL = 3  # columns for one layer of the map
 _REACHED = {"fast": ("█", "green"), "quality": ("▓", "cyan"), "deep": ("░", "magenta"), None: ("·", "dim")}
 
 
-class Language(StrEnum):
-    """The languages of the texts."""
-
-    en = "en"
-    uk = "uk"
-
-
 def explain(
     topic: Annotated[
         str | None,
@@ -39,9 +32,7 @@ def explain(
         str | None,
         typer.Option("--model", metavar="MODEL", help="Show it on this model: folder, hub id or GGUF file."),
     ] = None,
-    lang: Annotated[
-        Language | None, typer.Option("--lang", help="English or Ukrainian; left out, the locale's.")
-    ] = None,
+    lang: Lang = None,
     as_json: AsJson = False,
 ) -> int:
     """Explain LoRA, its parameters, roles and presets; with --model in that model's numbers, without loading it."""
@@ -49,7 +40,7 @@ def explain(
 
     from loratune.explain import texts
 
-    language = lang.value if lang else texts.language()
+    language = lang.value if lang else system_language()
     topic = None if topic is None else texts.find_topic(topic)
     words = texts.cleaned(texts.LANGUAGES[language])
     console = Console(stderr=as_json)

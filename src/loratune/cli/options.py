@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,16 @@ BaseModelName = Annotated[
 RunOrAdapter = Annotated[
     Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or an adapter's folder.", show_default=False)
 ]
+
+
+class Language(StrEnum):
+    """The languages that texts are written in."""
+
+    en = "en"
+    uk = "uk"
+
+
+Lang = Annotated[Language | None, typer.Option("--lang", help="en or uk (default: your locale's).")]
 ADAPTER_FILE = "adapter_config.json"
 
 
@@ -52,6 +63,17 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError(f"{path} is not a JSON object. The adapter was not loaded.")
     return value
+
+
+def mapping(pairs: list[str] | None, option: str, example: str) -> dict[str, str]:
+    """Returns {NAME: VALUE} of NAME=VALUE texts; ConfigError for anything else."""
+    found: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not (name and equals and value) or name in found:
+            raise ConfigError(f"{option}: {pair!r} is not one NAME=VALUE for each name; expected such as {example}.")
+        found[name] = value
+    return found
 
 
 def print_json(value: Any) -> None:

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from loratune.cli.options import AsJson, print_json, show_report
+from loratune.cli.options import AsJson, Lang, print_json, show_report
 from loratune.errors import ConfigError
+from loratune.language import language
 
 app = typer.Typer(no_args_is_help=True, help="List, show, compare and clean up runs.")
-Language = Annotated[str | None, typer.Option("--lang", help="en or uk; left out, that of your system.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 
 
@@ -19,14 +19,6 @@ def _open(folders: list[Path]) -> list[Any]:
     return [RunFiles.open(folder) for folder in folders]
 
 
-def _language(wish: str | None) -> str:
-    from loratune.report.run_texts import LANGUAGES, language
-
-    if wish is not None and wish not in LANGUAGES:
-        raise ConfigError(f"--lang is {wish!r}; expected one of {', '.join(LANGUAGES)}.")
-    return wish or language()
-
-
 def _line(run: Any) -> dict[str, Any]:
     from loratune.report.run_page import verdict
 
@@ -34,7 +26,7 @@ def _line(run: Any) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "steps": run.steps[-1]["step"] if run.steps else 0,
-        "state": "ended" if run.about else "not ended",
+        "state": "ended" if run.has_ended else "not ended",
         "model": run.setting("model"),
         "preset": run.setting("adapter.preset"),
         "r": run.setting("adapter.r"),
@@ -56,13 +48,12 @@ def list_runs(
 
 
 @app.command()
-def show(run: Run, lang: Language = None, as_json: AsJson = False) -> int:
+def show(run: Run, lang: Lang = None, as_json: AsJson = False) -> int:
     """Show one run in short, and write its page, report.html."""
     from loratune.api import write_report
 
-    language = _language(lang)
     opened = _open([run])[0]
-    page = write_report(run, language)
+    page = write_report(run, lang and lang.value)
     return _show(opened.name, {**_line(opened), "page": str(page)}, as_json)
 
 
@@ -70,7 +61,7 @@ def show(run: Run, lang: Language = None, as_json: AsJson = False) -> int:
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")],
     output: Annotated[Path | None, typer.Option("--output", help="Write the comparison as a page of its own.")] = None,
-    lang: Language = None,
+    lang: Lang = None,
     as_json: AsJson = False,
 ) -> int:
     """Compare runs: settings that differ, and a paired test on the held-out rows; curves together on the page."""
@@ -78,7 +69,7 @@ def compare(
         raise ConfigError(f"{runs[0]} alone cannot be compared. Give two runs or more.")
     from loratune.report.run_page import compare_page, differences, paired_test
 
-    language, opened = _language(lang), _open(runs)
+    opened = _open(runs)
     report: dict[str, Any] = {
         "runs": [_line(each) for each in opened],
         "differences": [dict(zip(["setting", *map(str, runs)], row)) for row in differences(opened)],
@@ -87,7 +78,7 @@ def compare(
     if output is not None:
         from loratune import files
 
-        files.atomic_write(output, compare_page(runs, language))
+        files.atomic_write(output, compare_page(runs, lang.value if lang else language()))
         report["page"] = str(output)
     return _show("comparison", report, as_json)
 
@@ -101,7 +92,7 @@ def clean(
     """Remove the checkpoints of runs that have ended; adapters, metrics and pages stay."""
     from loratune import files
 
-    folders = [run.folder / "checkpoints" for run in _open(runs) if run.about]
+    folders = [run.folder / "checkpoints" for run in _open(runs) if run.has_ended]
     found = [folder for folder in folders if folder.is_dir()]
     size = sum(path.stat().st_size for folder in found for path in folder.rglob("*") if path.is_file())
     for folder in found if yes else []:

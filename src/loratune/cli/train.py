@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loratune.cli.data import _mapping
-from loratune.cli.options import AsJson
+from loratune.cli.options import AsJson, mapping
 from loratune.errors import ConfigError
 
 # Option of this verb -> key of the run's configuration.
@@ -103,7 +102,7 @@ def train(
     """Tune a model on your rows. Flags override the YAML file; Ctrl-C saves, and --resume goes on from there."""
     given = {key: context.params[name] for name, key in KEYS.items() if context.params[name] is not None}
     if column:
-        given["data.columns"] = _mapping(column, "--column", "prompt=question_text")
+        given["data.columns"] = mapping(column, "--column", "prompt=question_text")
     if resume is not None:
         return _resume(resume, config, given, as_json, allow_changed=allow_changed, verify=verify_resume)
     if allow_changed or verify_resume:

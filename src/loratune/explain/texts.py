@@ -1,7 +1,6 @@
-"""The texts of `explain` in both languages: choosing the language, finding a topic, writing numbers as people do."""
+"""The texts of `explain` in both languages: finding a topic, writing numbers as people do."""
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,14 +34,6 @@ HEADINGS = dict.fromkeys(TOPICS, "step_up")
 HEADINGS |= dict.fromkeys(("r", "lora_alpha", "lora_dropout", "scale", "merge", "A", "B"), "doubled")
 HEADINGS |= dict.fromkeys(ROLES, "adapted")
 _BREAK = re.compile(r"[ \n]+")
-
-
-def language(environment: Mapping[str, str] = os.environ) -> str:
-    """Returns "uk" where the locale's messages are Ukrainian, else "en": the first of LC_ALL, LC_MESSAGES, LANG."""
-    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
-        if value := environment.get(name):
-            return "uk" if value.lower().startswith("uk") else "en"
-    return "en"
 
 
 def find_topic(name: str) -> str:

@@ -32,14 +32,11 @@ from loratune.model.attention import (
 )
 
 # Which norms a block has, and where they stand: before attention, after it, before the MLP, after it.
-_ORDERS: dict[frozenset[str], tuple[str, str | None, str, str | None]] = {
-    frozenset(("input_layernorm", "post_attention_layernorm")): (
-        "input_layernorm", None, "post_attention_layernorm", None,
-    ),
-    frozenset(
-        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    ): ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-}  # fmt: skip
+_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_ORDERS: dict[frozenset[str], tuple[str | None, ...]] = {
+    frozenset(_NORMS): _NORMS,
+    frozenset(_NORMS[:2]): (_NORMS[0], None, _NORMS[1], None),
+}
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = range(7)
 
@@ -354,10 +351,7 @@ def _plan(block: Block, x: Tensor, kwargs: dict[str, Any], recompute: bool) -> P
     modules = block.modules()
     if any(is_watched(module) for module in modules) or not _has_its_norms(block):
         return None
-    context_like = x.new_empty(1, 1).expand(x.shape[1], block.layer.self_attn.o_proj.in_features)
-    inner_like = x.new_empty(1, 1).expand(x.shape[1], block.layer.mlp.down_proj.in_features)
-    inputs = {_O: context_like, _DOWN: inner_like}
-    linears = tuple(linear_of(module, inputs.get(index, x[0])) for index, module in enumerate(modules[:7]))
+    linears = tuple(linear_of(module, x.shape[1], x.device) for module in modules[:7])
     if any(linear is None for linear in linears):
         return None
     cos, sin = (each[0][:, None] for each in positions)
@@ -375,25 +369,21 @@ def _block_of(layer: Any, settings: dict[nn.Module, Settings]) -> Block | None:
     children = dict(layer.named_children())
     attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
     order = _ORDERS.get(frozenset(children))
-    if order is None or attention is None or mlp is None or attention not in settings:
+    taken = "forward" in layer.__dict__  # by accelerate, or by another CausalModel: it stays
+    if order is None or attention is None or mlp is None or attention not in settings or taken:
         return None
     own = {name for name, _ in attention.named_children()}
     if not set(_ATTENTION) <= own <= {*_ATTENTION, "q_norm", "k_norm"} or not hasattr(attention, "head_dim"):
         return None
     if {name for name, _ in mlp.named_children()} != {*_MLP, "act_fn"}:
         return None
-    names = [*(None if name is None else children[name] for name in order)]
-    norms = [None if module is None else _norm_of(module) for module in (*names, *_head_norms(attention))]
-    missing = [
-        module for module, norm in zip((*names, *_head_norms(attention)), norms) if module is not None and not norm
-    ]
-    if missing or norms[0] is None or norms[2] is None:
+    modules = [None if name is None else children[name] for name in order]
+    modules += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms = [None if module is None else _norm_of(module) for module in modules]
+    if any(module is not None and norm is None for module, norm in zip(modules, norms, strict=True)):
         return None
+    assert norms[0] is not None and norms[2] is not None
     return Block(layer, settings[attention], norms[0], norms[1], norms[2], norms[3], norms[4], norms[5])
-
-
-def _head_norms(attention: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    return getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
 
 
 @torch.no_grad()

@@ -233,7 +233,14 @@ class CausalModel:
         apart = self.hidden(self.batch(documents, range(len(documents))))
         self.shares = True
         together = self.hidden(self.batch(documents, range(len(documents))))
-        return _relative(together, apart) <= _PROBE_TOLERANCE[apart.dtype]
+        difference = _relative(together, apart)
+        if not difference <= _PROBE_TOLERANCE[apart.dtype]:
+            self.notes.append(
+                f"{type(self.model).__name__}: a beginning that rows share is computed for each of them "
+                f"(computed once, they would differ by {difference:.1e})."
+            )
+            return False
+        return True
 
     @torch.no_grad()
     def _probe_blocks(self) -> Blocks | None:

@@ -189,7 +189,7 @@ def load_model(
     place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(dtype, place)
     source = resolve(name, notify)
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
     model = _weights(task, source, dtype, notify)
     check_finite(model)
     check_vocabulary(model, tokenizer)
@@ -203,7 +203,7 @@ def load_model(
 
 def load_tokenizer(name: str | Path, *, notify: Notify | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a base model alone; finds it and raises as `load_model` does."""
-    return _tokenizer(resolve(name, notify))
+    return tokenizer_of(resolve(name, notify))
 
 
 def _known(what: str, value: str, table: dict[str, Any]) -> Any:
@@ -288,7 +288,8 @@ def _no_progress_bar() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a source; raises ConfigError for a folder without one, or one that cannot be read."""
     if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(  # transformers would make an empty tokenizer instead
             f"{source.path} holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES)}). "

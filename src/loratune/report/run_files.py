@@ -85,8 +85,13 @@ class RunFiles:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """Returns what was written beside the adapter when the run ended."""
+        """Returns what was written beside the adapter when the run ended or was stopped."""
         return _json(self.folder / "adapter" / "loratune.json")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all steps are done; a run that was stopped has an adapter too, and can be taken up again."""
+        return self.about.get("ended") is True
 
     @cached_property
     def summary(self) -> str:
@@ -125,23 +130,21 @@ def paired(one: RunFiles, first: int, other: RunFiles, second: int) -> Interval 
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # not written yet, or cut: the page shows the rest
-        return {}
-    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    """Returns the object of a file, empty where it is not written yet; raises ConfigError for a damaged one."""
+    return _parsed(path, path.read_bytes(), path.name) if path.is_file() else {}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines; the last may be cut where a run was killed."""
-    if not path.is_file():
-        return []
-    found: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(cast(dict[str, Any], value))
-    return found
+    """Returns the objects of a file's whole lines; what follows the last line feed was cut where a run was killed."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [_parsed(path, line, f"{path.name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parsed(path: Path, text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path.parent / where} is damaged: {error}. It is no record of a run any more.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.parent / where} is damaged: expected a JSON object.")
+    return cast(dict[str, Any], value)

@@ -118,7 +118,7 @@ def _verdict(run: RunFiles, text: Mapping[str, str]) -> str:
     if before is not None and kept is not None:
         figures |= {"before": f"{before['loss']:.3f}", "after": f"{kept['loss']:.3f}"}
     lines = [text[found].format(**figures)]
-    if not run.about:
+    if not run.has_ended:
         lines.append(text["unfinished"].format(done=len(run.steps)))
     if run.about.get("label"):
         lines.append(text["changed"])
@@ -183,15 +183,15 @@ def _trained(run: RunFiles, text: Mapping[str, str]) -> str:
 
 
 def _spectra(run: RunFiles, text: Mapping[str, str]) -> str:
-    """The spectrum of each group of updates, where the adapter can be read."""
+    """The spectrum of each group of updates, or why it cannot be told."""
     from loratune.report.adapters import info  # torch: only where there is an adapter to look at
 
     if not run.about:
         return ""
     try:
         groups = [group for group in info(run.folder / "adapter")["groups"] if group["spectrum"]]
-    except AdapterError:  # the page of a run whose adapter was touched since shows the rest
-        return ""
+    except AdapterError as error:  # the page of a run whose adapter was touched since shows the rest
+        return tag("h2", text["spectrum"]) + tag("p", str(error), class_="note")
     shown = groups[: charts.NUM_COLOURS + 3]
     series = [
         Series(group["name"], [(i + 1.0, value) for i, value in enumerate(group["spectrum"])], colour)

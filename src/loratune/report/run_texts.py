@@ -1,6 +1,5 @@
 """The words of a run's page, in English and Ukrainian."""
 
-import os
 from typing import Final
 
 TEXTS: Final[dict[str, dict[str, str]]] = {
@@ -112,10 +111,3 @@ TEXTS: Final[dict[str, dict[str, str]]] = {
         "unpaired": "{one} і {other} оцінювалися на різних рядках: парного порівняння немає.",
     },
 }
-LANGUAGES = tuple(TEXTS)
-
-
-def language() -> str:
-    """Returns the reader's language as the environment has it, "uk" or "en" (POSIX: LC_ALL, LC_MESSAGES, LANG)."""
-    wish = next((os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)), "")
-    return "uk" if wish.lower().startswith("uk") else "en"

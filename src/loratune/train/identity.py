@@ -29,6 +29,7 @@ def identity(
     return {
         "base_model": _digest(json.dumps(base.to_json(), sort_keys=True)),
         "data": {"train": training.digest, "validation": validation.digest},
+        "rows": config.data.model_dump(include={"format", "columns", "train_on", "long"}),
         "tokenizer": _tokenizer_digest(tokenizer),
         "adapter": config.adapter.model_dump(mode="json"),
         "train": schedule,
