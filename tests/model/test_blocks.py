@@ -16,7 +16,7 @@ from families import FAMILIES, VOCAB
 from loratune.adapter.attach import Attached, attach
 from loratune.adapter.config import LoraConfig
 from loratune.data.encode import Document
-from loratune.model import attention, blocks
+from loratune.model import attention, layers
 from loratune.model.causal import CausalModel
 from oracles import ExactNorm, exact, gradients, relative, worst
 
@@ -31,7 +31,7 @@ def adapted(model: PreTrainedModel, targets: list[str] | None = None, **settings
 
 def documents(*lengths: int) -> list[Document]:
     rows = [np.random.RandomState(seed).randint(3, VOCAB, n).astype(np.int32) for seed, n in enumerate(lengths)]
-    return [Document(row, np.arange(len(row)) >= 1) for row in rows]
+    return [Document(row, np.arange(len(row)) >= 1 + len(row) // 3) for row in rows]
 
 
 def step(causal: CausalModel, attached: Attached, rows: list[Document]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,6 +133,22 @@ def test_gradients_equal_finite_differences(family: str) -> None:
     used = causal.blocks.num_used
     assert torch.autograd.gradcheck(lambda *_: layer(x, **seen), (x, *factors), fast_mode=True)
     assert causal.blocks.num_used > used
+
+
+def test_rows_that_predict_nothing_end_at_the_last_attention() -> None:
+    model = FAMILIES["llama"]()
+    adapted(model)
+    causal = CausalModel(model)
+    batch, seen = causal.batch(documents(9, 12), range(2)), []
+    handle = model.base_model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    causal.hidden(batch)
+    assert seen.pop() == batch.num_labels < batch.num_positions
+    attention_only = model.base_model.layers[-1].register_forward_hook(
+        lambda *_: None
+    )  # somebody wants to see it whole
+    causal.hidden(batch)
+    assert seen.pop() == batch.num_positions
+    attention_only.remove(), handle.remove()
 
 
 def test_less_is_kept_for_the_backward_pass() -> None:
@@ -267,6 +283,6 @@ def test_a_norm_is_known_by_what_it_computes() -> None:
             return super().forward(x) * 1.001
 
     norm = ExactNorm(nn.RMSNorm(6, eps=1e-5), 1.0)
-    found = blocks._norm_of(norm)
+    found = layers._norm_of(norm)
     assert found is not None and found.offset == 1.0
-    assert blocks._norm_of(Scaled(nn.RMSNorm(6, eps=1e-5), 1.0)) is None and blocks._norm_of(nn.LayerNorm(6)) is None
+    assert layers._norm_of(Scaled(nn.RMSNorm(6, eps=1e-5), 1.0)) is None and layers._norm_of(nn.LayerNorm(6)) is None

@@ -4,13 +4,13 @@ Kept of a block are its input, the raw query, key and value, what attention retu
 embedding, the residual between attention and MLP and the activation are computed again, which costs little. With
 `recompute`, gate and up are computed again too.
 
-A block of a known structure is used only where its settings could be read and its result equals the plain forward at
-start; in every other case, and for any call it is not made for, the family's own forward runs.
+Of the model's last block, only the rows that predict a label go on after attention. When a block is used stands in
+`layers`.
 
 Shapes: T tokens, H hidden, F width of the MLP, N heads, D head size; x (T, H), q (T, N, D).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,9 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from loratune.adapter.fused import Linear
-from loratune.adapter.wrapper import is_watched, linear_of, trains
 from loratune.model.attention import (
-    SEGMENTS,
     Segments,
     Settings,
     is_short,
@@ -31,13 +29,7 @@ from loratune.model.attention import (
     short_documents_backward,
 )
 
-# Which norms a block has, and where they stand: before attention, after it, before the MLP, after it.
-_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_ORDERS: dict[frozenset[str], tuple[str | None, ...]] = {
-    frozenset(_NORMS): _NORMS,
-    frozenset(_NORMS[:2]): (_NORMS[0], None, _NORMS[1], None),
-}
-_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = range(7)
 
 
@@ -105,18 +97,30 @@ class Block:
     def modules(self) -> list[nn.Module]:
         """Returns the block's modules, linears first in the order of their numbers."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
-        linears = [getattr(attention, name) for name in _ATTENTION] + [getattr(mlp, name) for name in _MLP]
+        linears = [getattr(attention, name) for name in ATTENTION] + [getattr(mlp, name) for name in MLP]
         return [*linears, attention, mlp, mlp.act_fn, *(norm.module for norm in self.norms())]
 
 
 class Plan(NamedTuple):
-    """One call of a block: its linears as they are now, and what came with the input."""
+    """One call of a block: its linears as they are now, and what came with the input.
+
+    rows: (n,) the positions that anybody looks at after the model's last block; None: all.
+    """
 
     block: Block
     linears: tuple[Linear, ...]
     rotary: Rotary
     segments: Segments
     recompute: bool
+    rows: Tensor | None
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """Returns the rows of x (T, ...) that are needed after attention."""
+        return x if self.rows is None else x[self.rows]
+
+    def widen(self, g: Tensor, num_tokens: int) -> Tensor:
+        """Returns the gradient of x (T, ...) from that of its narrowed rows."""
+        return g if self.rows is None else g.new_zeros(num_tokens, *g.shape[1:]).index_copy_(0, self.rows, g)
 
 
 class _Kept(NamedTuple):
@@ -135,10 +139,17 @@ class _Kept(NamedTuple):
     down: Tensor | None
 
 
+def run(plan: Plan, x: Tensor) -> Tensor:
+    """Returns what a block makes of x (T, H): (T, H), or (n, H) where the plan names rows."""
+    factors = [each for linear in plan.linears for each in linear.factors(x)]
+    return _Block.apply(x, plan, *factors)  # type: ignore[return-value]
+
+
 class _Block(Function):
     """y = m + n4(down(act(gate n3(m)) * up n3(m))),  m = x + n2(o(attention(rotary(nq(q n1(x))), ...))).
 
-    `factors` are A and B of the seven linears, None where one has none.
+    `factors` are A and B of the seven linears, None where one has none. What follows attention is done for the plan's
+    rows only.
     """
 
     @staticmethod
@@ -147,8 +158,8 @@ class _Block(Function):
         n = block.before_attention.forward(x)
         q, k, v = (z.forward(index, n) for index in (_Q, _K, _V))
         context, weights = _attend(ctx, plan, q, k, v)
-        o = z.forward(_O, context)
-        middle = x + (o if block.after_attention is None else block.after_attention.forward(o))
+        o = z.forward(_O, plan.narrow(context))
+        middle = plan.narrow(x) + (o if block.after_attention is None else block.after_attention.forward(o))
         n = block.before_mlp.forward(middle)
         gate, up = z.forward(_GATE, n), z.forward(_UP, n)
         down = z.forward(_DOWN, block.layer.mlp.act_fn(gate).mul_(up))
@@ -238,7 +249,7 @@ def _backward_mlp(plan: Plan, kept: _Kept, z: _Zs, g: Tensor, needs_middle: bool
     """Returns the gradient of the state between attention and MLP, or None where nothing below needs it."""
     block = plan.block
     ddown = g if block.after_mlp is None or kept.down is None else block.after_mlp.backward(kept.down, g)
-    middle = _middle(block, kept)
+    middle = _middle(plan, kept)
     n = block.before_mlp.forward(middle)
     gate = z.forward(_GATE, n) if kept.gate is None else kept.gate
     up = z.forward(_UP, n) if kept.up is None else kept.up
@@ -256,11 +267,11 @@ def _backward_mlp(plan: Plan, kept: _Kept, z: _Zs, g: Tensor, needs_middle: bool
     return block.before_mlp.backward(middle, dn.add_(by_up)).add_(g)
 
 
-def _middle(block: Block, kept: _Kept) -> Tensor:
+def _middle(plan: Plan, kept: _Kept) -> Tensor:
     if kept.middle is not None:
         return kept.middle
-    assert block.after_attention is not None and kept.o is not None
-    return kept.x + block.after_attention.forward(kept.o)
+    assert plan.block.after_attention is not None and kept.o is not None
+    return plan.narrow(kept.x) + plan.block.after_attention.forward(kept.o)
 
 
 def _backward_attention(
@@ -269,15 +280,16 @@ def _backward_attention(
     plan: Plan = ctx.plan
     block = plan.block
     do = dmiddle if block.after_attention is None or kept.o is None else block.after_attention.backward(kept.o, dmiddle)
-    dcontext = z.backward(_O, kept.context, do, needs_context)
+    dcontext = z.backward(_O, plan.narrow(kept.context), do, needs_context)
     if dcontext is None:
         return None
-    dq, dk, dv = _backward_heads(ctx, kept, weights, dcontext)
+    num_tokens = len(kept.x)
+    dq, dk, dv = _backward_heads(ctx, kept, weights, plan.widen(dcontext, num_tokens))
     n = block.before_attention.forward(kept.x)
     by = [z.backward(index, n, g, needs_x) for index, g in ((_Q, dq), (_K, dk), (_V, dv))]
     if by[0] is None or by[1] is None or by[2] is None:
         return None
-    return block.before_attention.backward(kept.x, by[0].add_(by[1]).add_(by[2])).add_(dmiddle)
+    return block.before_attention.backward(kept.x, by[0].add_(by[1]).add_(by[2])).add_(plan.widen(dmiddle, num_tokens))
 
 
 def _backward_heads(
@@ -302,98 +314,3 @@ def _backward_heads(
     dk = dk if block.key_norm is None else block.key_norm.backward(k, dk)
     dq, dk, dv = (each.reshape(num_tokens, -1) for each in (dq, dk, dv))
     return dq, dk, dv
-
-
-# ---- which blocks a model has, and when they are used --------------------------------------------------------------
-
-
-class Blocks:
-    """The blocks of a model that are known, and whether they stand in for their layers' own forwards."""
-
-    def __init__(self, model: nn.Module, settings: dict[nn.Module, Settings]) -> None:
-        self.recompute = False
-        self.num_used = 0  # calls that ran as one function
-        self.found = [block for layer in model.modules() if (block := _block_of(layer, settings)) is not None]
-
-    def use(self) -> None:
-        """Lets the blocks run in place of their layers' forwards."""
-        for block in self.found:
-            block.layer.forward = self._forward_of(block)
-
-    def close(self) -> None:
-        """Gives every layer its own forward back."""
-        for block in self.found:
-            block.layer.__dict__.pop("forward", None)
-        self.found = []
-
-    def _forward_of(self, block: Block) -> Callable[..., Any]:
-        plain: Callable[..., Any] = block.layer.forward
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            plan = None if args else _plan(block, hidden_states, kwargs, self.recompute)
-            if plan is None:
-                return plain(hidden_states, *args, **kwargs)
-            self.num_used += 1
-            factors = [each for linear in plan.linears for each in linear.factors(hidden_states)]
-            y: Tensor = _Block.apply(hidden_states[0], plan, *factors)  # type: ignore[assignment]
-            return y[None]
-
-        return forward
-
-
-def _plan(block: Block, x: Tensor, kwargs: dict[str, Any], recompute: bool) -> Plan | None:
-    """Returns how to compute a call as one function, or None where it is not one that a block is made for."""
-    segments, positions = kwargs.get(SEGMENTS), kwargs.get("position_embeddings")
-    if segments is None or positions is None or kwargs.get("past_key_values") is not None:
-        return None
-    if x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64) or block.layer.training:
-        return None
-    modules = block.modules()
-    if any(is_watched(module) for module in modules) or not _has_its_norms(block):
-        return None
-    linears = tuple(linear_of(module, x.shape[1], x.device) for module in modules[:7])
-    if any(linear is None for linear in linears):
-        return None
-    cos, sin = (each[0][:, None] for each in positions)
-    return Plan(block, linears, Rotary(cos, sin), segments, recompute)  # type: ignore[arg-type]
-
-
-def _has_its_norms(block: Block) -> bool:
-    """Whether the norms are still those that were looked at (a saved module may have taken one's place), and frozen."""
-    owners = {id(child) for part in (block.layer, block.layer.self_attn) for child in part.children()}
-    return all(id(norm.module) in owners and not trains(norm.module) for norm in block.norms())
-
-
-def _block_of(layer: Any, settings: dict[nn.Module, Settings]) -> Block | None:
-    """Returns the block of a layer of a known structure, or None."""
-    children = dict(layer.named_children())
-    attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
-    order = _ORDERS.get(frozenset(children))
-    taken = "forward" in layer.__dict__  # by accelerate, or by another CausalModel: it stays
-    if order is None or attention is None or mlp is None or attention not in settings or taken:
-        return None
-    own = {name for name, _ in attention.named_children()}
-    if not set(_ATTENTION) <= own <= {*_ATTENTION, "q_norm", "k_norm"} or not hasattr(attention, "head_dim"):
-        return None
-    if {name for name, _ in mlp.named_children()} != {*_MLP, "act_fn"}:
-        return None
-    modules = [None if name is None else children[name] for name in order]
-    modules += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    norms = [None if module is None else _norm_of(module) for module in modules]
-    if any(module is not None and norm is None for module, norm in zip(modules, norms, strict=True)):
-        return None
-    assert norms[0] is not None and norms[2] is not None
-    return Block(layer, settings[attention], norms[0], norms[1], norms[2], norms[3], norms[4], norms[5])
-
-
-@torch.no_grad()
-def _norm_of(module: Any) -> Norm | None:
-    """Returns an RMS norm with the offset it adds to its weight, found by what it computes, or None."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
-        return None
-    x = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
-    y: Tensor = module(x)
-    candidates = (Norm(module, offset, eps) for offset in (0.0, 1.0))
-    return next((norm for norm in candidates if torch.allclose(norm.forward(x), y, rtol=1e-5, atol=1e-6)), None)

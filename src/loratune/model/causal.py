@@ -21,7 +21,7 @@ from loratune.adapter.wrapper import Adapted, Slot, unwrapped
 from loratune.data.encode import Document
 from loratune.data.pack import length_groups, micro_batches
 from loratune.model import attention, prefixes
-from loratune.model.blocks import Blocks
+from loratune.model.layers import Blocks
 from loratune.model.loss import HeadShape, label_loss, loss_memory
 
 _BLOCKS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.0, torch.float16: 0.0}
@@ -71,11 +71,11 @@ class CausalModel:
         self.notes: list[str] = []
         self._attention_before = getattr(model.config, "_attn_implementation", None)
         self.shares = False
+        self.blocks: Blocks | None = None
         self.packs = self._probe_packing()
         self.shares = self.packs and self._probe_sharing()
-        self.blocks = self._probe_blocks() if self.packs else None
-        if self.blocks is not None:
-            self.blocks.recompute = recompute
+        if self.packs:
+            self._probe_blocks(recompute)
         self._shape = self._probe_head()
         self._memory: Tensor | None = None
 
@@ -151,13 +151,15 @@ class CausalModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Runs the trunk; returns what the head sees at the predicting positions, (n, H)."""
-        states = self._trunk(batch)
-        return states.reshape(-1, states.shape[-1])[batch.predicting]
-
-    def _trunk(self, batch: Batch) -> Tensor:
         trunk: Any = self.model.base_model
-        with attention.packed_row() if batch.packed else nullcontext():
-            return trunk(**batch.inputs, use_cache=False).last_hidden_state
+        blocks = self.blocks
+        with (
+            attention.packed_row() if batch.packed else nullcontext(),
+            nullcontext() if blocks is None else blocks.only(batch.predicting),
+        ):
+            states: Tensor = trunk(**batch.inputs, use_cache=False).last_hidden_state
+        rows = states.reshape(-1, states.shape[-1])
+        return rows if blocks is not None and blocks.is_narrowed else rows[batch.predicting]
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns (the sum of the batch's label losses, differentiable; each label's loss, (n,) detached)."""
@@ -243,22 +245,22 @@ class CausalModel:
         return True
 
     @torch.no_grad()
-    def _probe_blocks(self) -> Blocks | None:
+    def _probe_blocks(self, recompute: bool) -> None:
         """Lets layers of a known structure run as one function, where that gives what they give."""
         documents = [_probe_document(self.model, length, seed) for seed, length in enumerate(_PROBE_LENGTHS)]
+        documents[0].trained[1:3] = False  # rows that nobody looks at
         batch = self.batch(documents, range(len(documents)))
         with attention.recording() as settings:
             plain = self.hidden(batch)
-        blocks = Blocks(self.model, settings)
+        self.blocks = blocks = Blocks(self.model, settings, recompute)
         blocks.use()
         try:
             same = _relative(self.hidden(batch), plain) <= _BLOCKS_TOLERANCE[plain.dtype]
         except RuntimeError:  # shapes that do not fit, a partial rotary embedding for one: not the structure it seemed
             same = False
-        if same and blocks.num_used == len(blocks.found) > 0:
-            return blocks
-        blocks.close()
-        return None
+        if not (same and blocks.num_used == len(blocks.found) > 0):
+            blocks.close()
+            self.blocks = None
 
     def _refuse_packing(self, reason: str) -> bool:
         self.model.set_attn_implementation(self._attention_before)  # type: ignore[operator]
