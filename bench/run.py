@@ -77,6 +77,8 @@ SUITES: dict[str, list[list[str]]] = {
         _train(side, 8, "--shape", "tiny", "--documents", "16", "--steps", "50") for side in ("ours", "peft")
     ],
     "evaluate": [["evaluate.py"]],
+    "growth": [["growth.py", "rows", number] for number in ("1000", "1000000")],
+    "start": [["growth.py", "start"]],
 }  # fmt: skip
 
 

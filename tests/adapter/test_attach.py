@@ -262,6 +262,17 @@ def test_a_saved_module_trains_in_full_and_the_base_keeps_its_own() -> None:
         assert torch.equal(model(IDS), Toy()(IDS))
 
 
+def test_a_saved_module_is_a_copy_without_the_wrappers_of_other_adapters() -> None:
+    model = FAMILIES["bert"]()
+    first = attach(model, LoraConfig(target_modules=["query"]), "first")
+    second = attach(
+        model, LoraConfig(target_modules=["intermediate.dense"], modules_to_save=["attention.self"]), "second"
+    )
+    assert second.adapter.saved
+    assert not any(isinstance(each, Wrapper) for saved in second.adapter.saved.values() for each in saved.modules())
+    first.detach(), second.detach()
+
+
 def test_only_the_adapter_enters_training_mode() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)).eval()
     attached = attach(model, LoraConfig(target_modules=["0"], lora_dropout=0.9))

@@ -77,6 +77,8 @@ def test_whatever_else_is_done_with_a_weight_sees_the_sum():
     assert torch.allclose(torch.bmm(x.expand(3, 7, 4), stack.transpose(1, 2)), x @ total.transpose(1, 2), atol=1e-6)
     assert torch.allclose(torch.nn.functional.linear(x, stack[2]), x @ total[2].T, atol=1e-6)
     assert stack.shape == weight.shape and stack[0].dtype == torch.float32
+    turned = experts._Stack(weight.transpose(1, 2), [factor], swapped=True)
+    assert torch.allclose(turned.transpose(1, 2), total) and torch.allclose(turned[1].T, total[1])
 
 
 def test_the_parameter_is_back_in_its_place_after_an_error():

@@ -1,6 +1,7 @@
 """`ensure_weight_tying`: modules that share a weight get one factor, or are trained as one tensor; against PEFT, both
 ways, where PEFT can run it, and against the base with the update written into its one weight."""
 
+import json
 import warnings
 
 import peft
@@ -123,6 +124,8 @@ def test_modules_trained_whole_are_one_tensor(names, tmp_path):
     found = logits(model, name)
 
     attached.save(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert set(written["modules_to_save"]) == {embedding, "lm_head"}
     theirs = peft.PeftModel.from_pretrained(FAMILIES[name](), str(tmp_path / "ours"), is_trainable=True)
     assert close(logits(theirs.eval(), name), found)
     theirs(**inputs_for(name))[0].square().sum().backward()

@@ -134,8 +134,7 @@ class Attachments:
                 slot.placed[new] = slot.placed.pop(old)
 
     def unwrap(self, model: nn.Module) -> None:
-        """Takes every wrapper off: the plain model, trainable where it was."""
-        self._restore_originals(model)
+        """Takes every wrapper off a model without active adapters: the plain model, trainable where it was."""
         for path, wrapper in self.wrappers.items():
             parent, last = parent_of(model, path)
             if parent._modules[last] is wrapper:  # not where merging left a module that was trained whole

@@ -1,0 +1,119 @@
+"""Whether a step costs the same however much data there is, and how soon the first one begins. Prints one JSON object.
+
+    python bench/growth.py rows N     16 steps on N stored documents: tokens a second, memory, the optimizer's share
+    python bench/growth.py start      from the end of the imports to the first evaluation, tokens stored before
+
+Documents: those of the training benchmark, over and over, in memory-mapped chunks as tokenising leaves them.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import train as benchmark
+import work as shared
+
+STEPS, CHUNK = 16, 50_000
+
+
+def stored(folder, documents, number):
+    """Returns a data set of so many documents, mapped from files."""
+    from loratune.data.dataset import Dataset
+    from loratune.data.store import Chunk, Documents, write_chunk
+
+    chunks = []
+    for first in range(0, number, CHUNK):
+        size = min(CHUNK, number - first)
+        rows = [[documents[(first + i) % len(documents)]] for i in range(size)]
+        chunks.append(write_chunk(folder, len(chunks), Chunk.of(rows, first)))
+    return Dataset(Documents(chunks), [""] * number, "", "prompt_completion")
+
+
+def rows(options) -> dict:
+    import loratune
+    from loratune.data.encode import Document
+    from loratune.model.causal import CausalModel
+    from loratune.train import loop
+    from loratune.train.config import TrainConfig
+    from loratune.train.optim import Optimizer
+
+    torch.set_num_threads(2)
+    model, tokenizer = shared.load("gemma")
+    work = shared.work(tokenizer, "short", 32, len(tokenizer) - 1)
+    documents = [Document(np.array(ids, np.int32), np.array(trained)) for ids, trained in work.documents]
+    config = loratune.LoraConfig(r=shared.RANK, lora_alpha=shared.ALPHA, target_modules=shared.TARGETS)
+    attached = loratune.attach(model, config, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = stored(Path(folder), documents, options.number)
+        settings = TrainConfig(batch_size=shared.BATCH, learning_rate=shared.LEARNING_RATE)
+        optimizer = Optimizer(attached.adapter, settings)
+        run = loop.Run(
+            output=None, config=settings, causal=CausalModel(model), attached=attached, optimizer=optimizer,
+            train=data, validation=data, identity={}, on_event=print, num_parameters=0,
+        )  # fmt: skip
+        attached.train_mode(True)
+        baseline = benchmark.start_of_peak()
+        loop.train_step(run)
+        spent, plain = [], optimizer.step
+
+        def step(rate: float) -> None:
+            begin = time.perf_counter()
+            plain(rate)
+            spent.append(time.perf_counter() - begin)
+
+        optimizer.step = step
+        begin = time.perf_counter()
+        tokens = sum(loop.train_step(run)["num_tokens"] for _ in range(STEPS))
+        seconds = time.perf_counter() - begin
+        peak = benchmark.status("VmHWM")
+    return {
+        "tokens_per_second": tokens / seconds,
+        "peak_above_model_bytes": peak - baseline,
+        "optimizer_share": sum(spent) / seconds,
+    }
+
+
+class _Started(Exception):
+    pass
+
+
+def start(options) -> dict:
+    """The second of two starts on the same rows: the first stores the tokens."""
+    import transformers
+    from transformers import Gemma3ForCausalLM  # noqa: F401
+
+    from loratune import api
+    from loratune.train.config import load_run_config
+
+    def begin(event) -> None:
+        moments[event["event"]] = time.perf_counter() - began
+        if event["event"] == "start":
+            raise _Started
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.jsonl")
+        pairs = shared.changed_pairs(160)
+        lines = [json.dumps({"prompt": a + "\n", "completion": b}, ensure_ascii=False) for a, b in pairs[:6000]]
+        file.write_text("\n".join(lines) + "\n")
+        for number in range(2):
+            moments, began = {}, time.perf_counter()
+            given = {"model": shared.MODELS["gemma"], "data.train": str(file), "output": f"{folder}/{number}"}
+            try:
+                api.run(load_run_config(None, given), begin)
+            except _Started:
+                pass
+    return {"model_seconds": moments["summary"], "start_seconds": moments["start"], "num_rows": len(lines)}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=["rows", "start"])
+    parser.add_argument("number", type=int, nargs="?", default=1000)
+    given = parser.parse_args()
+    print(json.dumps({"rows": rows, "start": start}[given.side](given)))
