@@ -14,6 +14,7 @@ from torch.func import functional_call
 from families import FAMILIES, inputs_for
 from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
 from loratune.adapter.config import LoraConfig
+from loratune.adapter.wrapper import Wrapper
 from loratune.errors import AdapterError
 from oracles import IDS, Toy, logits_of, objective, randomise, relative, same_state, state_of
 
@@ -271,6 +272,16 @@ def test_a_saved_module_is_a_copy_without_the_wrappers_of_other_adapters() -> No
     assert second.adapter.saved
     assert not any(isinstance(each, Wrapper) for saved in second.adapter.saved.values() for each in saved.modules())
     first.detach(), second.detach()
+
+
+def test_the_seed_alone_fixes_how_an_adapter_begins() -> None:
+    begun: list[dict[str, Tensor]] = []
+    for number in range(2):
+        model = FAMILIES["llama"]()
+        torch.manual_seed(number)
+        attached = attach(model, LoraConfig(target_modules=["q_proj", "embed_tokens"]), seed=3)
+        begun.append({name: each.detach().clone() for name, each in attached.adapter.named_parameters()})
+    assert all(torch.equal(value, begun[1][name]) for name, value in begun[0].items())
 
 
 def test_only_the_adapter_enters_training_mode() -> None:

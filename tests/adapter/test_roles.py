@@ -440,3 +440,8 @@ def test_minimal_targets_examples() -> None:
     assert minimal_targets([], paths_of(bert)) == []
     with pytest.raises(ConfigError, match="cannot name 'a' alone"):
         minimal_targets(["a"], ["a", "b", "b.a"])
+
+
+def test_only_stacks_of_experts_are_told_as_stacked() -> None:
+    assert roles.coverage(FAMILIES["vit"](), ()).stacked == ()  # its class token is a parameter of three dimensions
+    assert all(path.endswith("experts") for path in roles.coverage(FAMILIES["mixtral"](), ()).stacked)
