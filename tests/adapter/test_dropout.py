@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loratune.adapter.attach import attach
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.dropout import Noise, Span, zero_
+from loratune.adapter.dropout import Mask, Noise, Span, zero_
 from oracles import IDS, Toy, brute_force, gradients, logits_of, objective, relative, worst
 
 _CPU = torch.device("cpu")
@@ -176,3 +176,12 @@ def test_the_zoo_takes_noise_through_the_model() -> None:
     attached.shared.noise = noise_for(inputs["input_ids"])
     with torch.no_grad():
         assert torch.equal(logits_of(model, inputs), logits_of(model, inputs))
+
+
+def test_a_mask_applied_is_the_input_without_what_was_dropped() -> None:
+    mask = Mask(Noise(1, 2, (Span(0, 0, 5),), 5), 3, 8, 0.25, _CPU)
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    expected = x.clone()
+    expected.view(-1)[mask.draw()] = 0
+    assert 0 < len(mask.draw()) < 40
+    assert torch.allclose(mask.apply(x), expected / 0.75, rtol=1e-14)

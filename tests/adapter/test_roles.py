@@ -443,5 +443,5 @@ def test_minimal_targets_examples() -> None:
 
 
 def test_only_stacks_of_experts_are_told_as_stacked() -> None:
-    assert roles.coverage(FAMILIES["vit"](), ()).stacked == ()  # its class token is a parameter of three dimensions
-    assert all(path.endswith("experts") for path in roles.coverage(FAMILIES["mixtral"](), ()).stacked)
+    assert coverage(FAMILIES["vit"](), ()).stacked == ()  # its class token is a parameter of three dimensions
+    assert all(path.endswith("experts") for path in coverage(FAMILIES["mixtral"](), ()).stacked)
