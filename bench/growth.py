@@ -7,6 +7,7 @@ Documents: those of the training benchmark, over and over, in memory-mapped chun
 """
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import train as benchmark
 import work as shared
+
+import train as benchmark
 
 STEPS, CHUNK = 16, 50_000
 
@@ -84,7 +86,6 @@ class _Started(Exception):
 
 def start(options) -> dict:
     """The second of two starts on the same rows: the first stores the tokens."""
-    import transformers
     from transformers import Gemma3ForCausalLM  # noqa: F401
 
     from loratune import api
@@ -103,10 +104,8 @@ def start(options) -> dict:
         for number in range(2):
             moments, began = {}, time.perf_counter()
             given = {"model": shared.MODELS["gemma"], "data.train": str(file), "output": f"{folder}/{number}"}
-            try:
+            with contextlib.suppress(_Started):
                 api.run(load_run_config(None, given), begin)
-            except _Started:
-                pass
     return {"model_seconds": moments["summary"], "start_seconds": moments["start"], "num_rows": len(lines)}
 
 

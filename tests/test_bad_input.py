@@ -170,13 +170,14 @@ def test_a_bad_model(
     assert expected in message, message
 
 
-def test_a_task_that_cannot_be_trained_yet(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_that_the_rows_do_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run.yaml").write_text(
         "model: model\ndata: {train: rows.jsonl}\noutput: run\nadapter: {task_type: SEQ_CLS}\n"
     )
     before = tree(folder)
     assert run(["train", "run.yaml"]) == 2
-    assert "task_type SEQ_CLS cannot be trained yet; CAUSAL_LM can." in capsys.readouterr().err
+    message = "rows.jsonl:1: a prompt_completion row does not fit SEQ_CLS, which takes classification or pair rows."
+    assert message in capsys.readouterr().err
     assert tree(folder) == before
 
 

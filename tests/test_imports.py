@@ -13,10 +13,12 @@ import loratune
 _ROOT = Path(loratune.__file__).parent
 # A part may import those of lower levels and itself; adapter and data, on one level, never each other.
 _LEVELS = {
-    "errors": 0, "language": 0, "files": 1, "adapter": 2, "data": 2, "model": 3, "evaluate": 4, "train": 5, "ladder": 6,
+    "errors": 0, "language": 0, "files": 1, "adapter": 2, "data": 2, "model": 3, "evaluate": 4, "tasks": 5, "train": 6,
+    "ladder": 7,
     # They read values and run directories, and nothing above imports them.
-    "report": 7, "export": 7, "explain": 7, "serve": 7, "compat": 7,
-    "outputs": 8, "api": 9, "demo": 10, "cli": 11,
+    "report": 8, "export": 8, "explain": 8, "serve": 8, "compat": 8,
+    "plan": 9,
+    "outputs": 10, "api": 11, "demo": 12, "cli": 13,
 }  # fmt: skip
 # What a part may need beyond the standard library and loratune; elsewhere anything that pyproject.toml names.
 _THIRD_PARTIES = {

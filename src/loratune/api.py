@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,37 @@ from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
 from loratune.adapter.summary import coverage
 from loratune.data.encode import Encoder
 from loratune.errors import ConfigError
-from loratune.evaluate.loss import Evaluation
+from loratune.evaluate.loss import Evaluation, evaluate
 from loratune.evaluate.samples import Sample, sample
 from loratune.export.consumers import check
 from loratune.export.convert import convert
 from loratune.export.merged import export_merged
+from loratune.ladder import climb
+from loratune.ladder.record import LADDER, record
 from loratune.language import language as system_language
+from loratune.model import heads
 from loratune.model.causal import CausalModel
 from loratune.model.gguf import cache_root
 from loratune.model.load import load_model
+from loratune.plan import plan as planning
+from loratune.plan.estimate import attached_skeleton, subject_of
+from loratune.plan.measure import measure as measure_steps
+from loratune.plan.plan import Plan
 from loratune.report import adapters as adapter_reports
 from loratune.report import figures
+from loratune.report.ladder_texts import verdict, why
 from loratune.report.run_page import run_page
+from loratune.tasks.evaluation import evaluate_task, task_samples
+from loratune.tasks.model import TaskModel
+from loratune.tasks.table import find_labels, task_of, with_head
+from loratune.tasks.task import Task
 from loratune.train import checkpoint, identity, loop, replay
 from loratune.train.config import ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
 from loratune.train.datasets import LEDGER, check_ids, ledger_lines, load_datasets
 from loratune.train.loop import OnEvent, Run
 from loratune.train.optim import Optimizer
 from loratune.train.rehearsal import rehearse
+from loratune.train.signals import stop_on_signals
 
 __all__ = [
     "RunResult",
@@ -40,6 +54,7 @@ __all__ = [
     "export_merged",
     "load_adapter",
     "load_model",
+    "plan",
     "resume",
     "run",
     "train",
@@ -74,14 +89,67 @@ def run(resolved: ResolvedConfig, on_event: OnEvent = _quiet) -> RunResult:
     config = resolved.config
     output = Path(config.output)
     check_output(output)
-    _check_task(config.adapter.task_type)
     return _start(*_load(config, _notifier(on_event)), resolved, output, on_event)
+
+
+def plan(
+    resolved: ResolvedConfig, *, measure: bool = True, memory: int | None = None, on_event: OnEvent = _quiet
+) -> Plan:
+    """Returns what a run will take on this machine, before it runs: memory, time and disk, and whether it fits.
+
+    An estimate from shapes and rows alone, then, where it says that the run fits, real steps on the loaded model.
+    Nothing is written. memory: bytes that the process may take, instead of what is free now. Raises as `run` does.
+    """
+    config, notify = resolved.config, _once(_notifier(on_event))
+    if config.adapter.task_type != "CAUSAL_LM":
+        raise ConfigError(
+            f"plan knows the costs of CAUSAL_LM only, not of {config.adapter.task_type}; train it as it is."
+        )
+    subject = subject_of(config, notify)
+    with attached_skeleton(subject, config) as attached:
+        _check_coverage(attached, config.train.allow_uneven)
+    made = planning.draft(subject, config, memory)
+    if not (measure and made.fits):
+        return made
+    notify("measuring: the largest step of the run, then a usual one")
+    started = time.perf_counter()
+    attached, tokenizer = _load(config, notify)
+    state = _prepare(attached, tokenizer, config, Path(config.output), _notices_only(notify))
+    try:
+        measured = measure_steps(state, tokenizer, made.estimate.work, time.perf_counter() - started)
+    finally:
+        state.causal.close()
+    return planning.with_measurement(made, measured, subject, config)
+
+
+def _once(notify: Callable[[str], None]) -> Callable[[str], None]:
+    """Says each message the first time only."""
+    said: set[str] = set()
+
+    def say(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            notify(message)
+
+    return say
+
+
+def _notices_only(notify: Callable[[str], None]) -> OnEvent:
+    def on_event(event: dict[str, Any]) -> None:
+        if "message" in event:
+            notify(event["message"])
+
+    return on_event
 
 
 def _load(config: RunConfig, notify: Callable[[str], None]) -> tuple[Attached, PreTrainedTokenizerBase]:
     lora = config.adapter.to_lora_config()  # what is wrong with it is said before a model is loaded
-    model, tokenizer = load_model(config.model, notify=notify)
-    return attach(model, lora, seed=config.train.seed), tokenizer
+    task_type, data = lora.task_type or "CAUSAL_LM", config.data
+    labels = find_labels(task_type, data.specs, data.format, data.columns)
+    model, tokenizer = load_model(
+        config.model, task_type=task_type, labels=labels.names, problem=labels.problem, notify=notify
+    )
+    return attach(model, with_head(lora, model), seed=config.train.seed), tokenizer
 
 
 def train(
@@ -107,7 +175,6 @@ def train(
     """
     attached = attached_to(model)
     check_output(Path(output))
-    _check_task(attached.config.task_type)
     overrides = {f"train.{name}": value for name, value in settings.items()} | {
         "model": model.name_or_path or "(in memory)",
         "output": str(output),
@@ -138,15 +205,26 @@ def resume(
     output = Path(run_dir)
     resolved = _configuration_of(output)
     notify = _notifier(on_event)
-    if not checkpoint.folders(output) and not (output / "adapter").exists():
-        notify(f"{output} has no checkpoint yet: beginning at step 0")
-        return _start(*_load(resolved.config, notify), resolved, output, on_event)
+    with files.locked(output):
+        if not checkpoint.folders(output) and not (output / "adapter").exists():
+            notify(f"{output} has no checkpoint yet: beginning at step 0")
+            return _start(*_load(resolved.config, notify), resolved, output, on_event, again=True)
+        return _resume(resolved, output, on_event, allow_changed=allow_changed, verify=verify)
+
+
+def _resume(
+    resolved: ResolvedConfig, output: Path, on_event: OnEvent, *, allow_changed: bool, verify: bool
+) -> RunResult:
+    notify = _notifier(on_event)
     saved, skipped = checkpoint.newest(output)
     for reason in skipped:
         notify(f"skipped: {reason}")
     attached, tokenizer = _load(resolved.config, notify)
     state = _prepare(attached, tokenizer, resolved.config, output, on_event)
+    _begin_ladder(state, resolved.config)
     changed = identity.check(saved, state.identity, allow=allow_changed)
+    if verify and state.guide is not None:
+        raise ConfigError("the steps of a ladder cannot be verified: a trial may lie between. Resume without it.")
     if verify:
         first = replay.verify(state, saved)
         notify(f"the last steps, from {first} to {saved.step}, were done again: the same bits")
@@ -156,7 +234,7 @@ def resume(
         notify(f"{loop.NOT_IDENTICAL}: {'; '.join(changed)}")
         _label(output / RUN_FILE, state.step, changed)
     notify(f"resuming at step {state.step} of {state.num_steps} from {saved.path}")
-    return _finish(state, tokenizer, on_event, before=None, samples_before=())
+    return _finish(state, tokenizer, on_event, before=None)
 
 
 def _configuration_of(run: Path) -> ResolvedConfig:
@@ -190,18 +268,28 @@ def _label(file: Path, step: int, changed: list[str]) -> None:
 
 
 def _start(
-    attached: Attached, tokenizer: PreTrainedTokenizerBase, resolved: ResolvedConfig, output: Path, on_event: OnEvent
+    attached: Attached,
+    tokenizer: PreTrainedTokenizerBase,
+    resolved: ResolvedConfig,
+    output: Path,
+    on_event: OnEvent,
+    *,
+    again: bool = False,
 ) -> RunResult:
+    """Begins a run; `again`, in the locked directory of one that ended before its first checkpoint."""
     config = resolved.config
     _check_coverage(attached, config.train.allow_uneven)
     on_event({"event": "summary", "text": attached.summary(), "trainable": attached.adapter.num_parameters()})
     state = _prepare(attached, tokenizer, config, output, on_event)
-    samples_before = sample(state.causal.model, tokenizer, state.validation.documents)
-    if not (output / RUN_FILE).exists():  # it does where a run ended before its first checkpoint
-        with files.staged_directory(output) as staging:
-            files.atomic_write(staging / RUN_FILE, dump(resolved))
-            files.atomic_write(staging / LEDGER, ledger_lines(state.train, state.validation))
-    return _finish(state, tokenizer, on_event, before=0, samples_before=samples_before)
+    ledger = ledger_lines(state.train, state.validation)  # of all the rows, before a ladder sets some apart
+    _begin_ladder(state, config)
+    if again:
+        return _finish(state, tokenizer, on_event, before=0)
+    with files.staged_directory(output) as staging:
+        files.atomic_write(staging / RUN_FILE, dump(resolved))
+        files.atomic_write(staging / LEDGER, ledger)
+    with files.locked(output):
+        return _finish(state, tokenizer, on_event, before=0)
 
 
 def _prepare(
@@ -210,10 +298,16 @@ def _prepare(
     """Makes everything a run needs, and writes nothing."""
     model: Any = attached.model
     data = config.data
-    encoder = Encoder(tokenizer, _context_length(model), train_on=data.train_on, long=data.long)
+    task = _task(attached, tokenizer, config)
+    num_ids = model.get_input_embeddings().num_embeddings
+    encoder = task or Encoder(
+        tokenizer, _context_length(model), train_on=data.train_on, long=data.long, num_ids=num_ids
+    )
     training, validation = load_datasets(data, encoder, cache_root() / "tokens", _notifier(on_event))
-    check_ids(model.get_input_embeddings().num_embeddings, training, validation)
-    causal = CausalModel(model, recompute=config.train.recompute)
+    if task is not None:
+        task.check(training.documents, training.sources)
+    check_ids(num_ids, training, validation)
+    causal = TaskModel(model, task) if task else CausalModel(model, recompute=config.train.recompute)
     for note in causal.notes:
         on_event({"event": "notice", "message": note})
     state = Run(
@@ -224,12 +318,47 @@ def _prepare(
         optimizer=Optimizer(attached.adapter, config.train),
         train=training,
         validation=validation,
-        identity=identity.identity(attached, tokenizer, config, training, validation),
+        identity=identity.identity(attached, tokenizer, config, training, validation)
+        | ({"ladder": config.ladder.model_dump()} if config.ladder else {}),
         on_event=on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        evaluate=evaluate_task if task else evaluate,
     )
     rehearse(state)
     return state
+
+
+def _begin_ladder(state: Run, config: RunConfig) -> None:
+    if config.ladder is not None:
+        climb.begin(state, config.ladder)
+
+
+def _ladder_record(state: Run) -> dict[str, Any] | None:
+    """Returns what a climb that has ended came to, with every decision's reason in words; None for another run."""
+    if not (isinstance(state.guide, climb.Climb) and state.is_over):
+        return None
+    found = record(state, state.guide)
+    decisions = [{**each, "why": why(each)} for each in found["decisions"]]
+    return {**found, "decisions": decisions, "verdict": verdict(found)}
+
+
+def _task(attached: Attached, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Task | None:
+    """Returns the task of a run with its head begun, or None for a run that continues text."""
+    data = config.data
+    labels = find_labels(attached.config.task_type, data.specs, data.format, data.columns)
+    task = task_of(
+        attached.config.task_type, attached.model, tokenizer, labels, long=data.long, train_on=data.train_on,
+        batch_size=config.train.batch_size,
+    )  # fmt: skip
+    heads.begin(attached.model, attached.adapter.saved, config.train.seed)
+    return task
+
+
+def _samples(state: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[Sample, ...]:
+    """Returns what the model says of the first held-out rows."""
+    if isinstance(state.causal, TaskModel):
+        return task_samples(state.causal, state.validation.documents)
+    return sample(state.causal.model, tokenizer, state.validation.documents)
 
 
 def _finish(
@@ -237,9 +366,9 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     on_event: OnEvent,
     before: int | None,
-    samples_before: tuple[Sample, ...],
 ) -> RunResult:
-    """Trains to the end or a stop, then writes the adapter that is kept: the best by evaluation, else the last."""
+    """Trains to the end or a stop, then writes the adapter that is kept, the best by evaluation, else the last, and
+    what the base model and the tuned one answer."""
     started = time.perf_counter()
     on_event(
         {
@@ -252,20 +381,25 @@ def _finish(
             "num_validation": len(state.validation),
         }
     )
-    try:
+    with stop_on_signals(), closing(state.causal):  # a signal that comes at the end waits until all is written
         status = loop.train(state)
         loop.use_best(state)
-        samples_after = sample(state.causal.model, tokenizer, state.validation.documents)
+        ladder = _ladder_record(state)
+        with state.attached.disabled():
+            samples_before = _samples(state, tokenizer)
+        samples_after = _samples(state, tokenizer)
         with loop.saying_what_is_saved(state):
             outputs.write_adapter(state, tokenizer)
             outputs.write_samples(state.output, samples_before, samples_after)
             outputs.write_evaluations(state)
+            if ladder is not None:
+                files.write_json(state.output / LADDER, ladder)
             write_report(state.output)
-    finally:
-        state.causal.close()
     seconds = time.perf_counter() - started
     end = {"event": "end", "status": status, "steps": state.step, "output": str(state.output), "seconds": seconds}
     on_event({**end, "label": loop.NOT_IDENTICAL} if state.continued else end)
+    if ladder is not None:
+        on_event({"event": "ladder", **ladder})
     return RunResult(
         output=state.output,
         status=status,
@@ -325,11 +459,6 @@ def check_output(output: Path) -> None:
             f"the output directory {output} exists already. Choose another name, or continue it: "
             f"loratune train --resume {output}"
         )
-
-
-def _check_task(task_type: str | None) -> None:
-    if task_type not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"task_type {task_type} cannot be trained yet; CAUSAL_LM can.")
 
 
 def _check_coverage(attached: Attached, allow_uneven: bool) -> None:

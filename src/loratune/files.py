@@ -18,6 +18,12 @@ from typing import Any, BinaryIO
 
 from loratune.errors import ConfigError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _LEFTOVER = re.compile(r"\..+\.(tmp|old|removed)")  # the names that writers here use before and after the real one
 _BLOCK_BYTES = 1 << 20
@@ -179,17 +185,64 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Holds a directory for this process alone; ConfigError where another holds it.
+
+    The lock is the system's, on an empty file, `.lock`; it ends with the process, however that ends. Windows has none.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / LOCK
+    descriptor = _lock(path)
+    while not _is_at(path, descriptor):  # who held it before has just removed it
+        os.close(descriptor)
+        descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {path.parent}: {error.strerror}.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyright: ignore[reportOptionalMemberAccess]
+    except OSError as error:
+        os.close(descriptor)
+        held = isinstance(error, BlockingIOError)
+        raise ConfigError(
+            f"{path.parent} is in use: another process is writing this run. Wait until it ends, or stop it first."
+            if held
+            else f"{path} cannot be locked: {error.strerror}. Choose a file system that has locks."
+        ) from error
+    return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 class JsonLines:
     """An append-only file of one JSON object a line, each line with the system as soon as it is written.
 
-    `keep` cuts the file back to its first lines, so that a resumed run holds each step exactly once.
+    `keep` cuts the file back to its first lines, so that a resumed run holds each step exactly once; `count` is less
+    where the file has fewer whole lines.
     """
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         make_directory(path.parent)
         self.path = path
         if keep is not None and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
             atomic_write(path, b"".join(lines[:keep]))
             self.count = min(keep, len(lines))
         else:

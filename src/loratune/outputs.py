@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +11,8 @@ from loratune.adapter import peft_format
 from loratune.evaluate.samples import Sample
 from loratune.model import embedded
 from loratune.report.run_files import EVALUATIONS, SAMPLES, RunFiles
+from loratune.tasks.model import TaskModel
+from loratune.tasks.table import card
 from loratune.train import loop
 from loratune.train.loop import Run
 
@@ -45,10 +48,23 @@ def write_adapter(state: Run, tokenizer: PreTrainedTokenizerBase) -> None:
         peft_format.write_into(staging, config, tensors, adapter.base)
         tokenizer.save_pretrained(str(staging))
         about = {"data_kind": state.train.kind, "steps": state.step, "best": state.best, "ended": state.is_over}
+        about |= _task_of(state)
         about |= {"label": loop.NOT_IDENTICAL, "continued": state.continued} if state.continued else {}
         files.write_json(staging / ABOUT, about)
         files.atomic_write(staging / "README.md", _model_card(base, state))
         write_terms(staging, base)
+
+
+def _task_of(state: Run) -> dict[str, Any]:
+    """What a task's adapter needs to be loaded again: PEFT's own file has no place for the labels' names."""
+    if not isinstance(state.causal, TaskModel):
+        return {}
+    labels = state.causal.task.labels
+    return {
+        "task_type": state.attached.config.task_type,
+        "labels": list(labels.names),
+        "problem": labels.problem,
+    }
 
 
 def write_terms(folder: Path, base: str | None) -> None:
@@ -67,7 +83,7 @@ def _model_card(base: str | None, state: Run) -> str:
         "---",
         f"base_model: {base}",
         "library_name: peft",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {card(state.attached.config.task_type)}",
         "tags: [lora, loratune]",
     ]
     body = [

@@ -237,3 +237,17 @@ def test_help_lists_every_verb(capsys: Any) -> None:
     assert main.run(["data"]) == 0
     out = capsys.readouterr().out
     assert all(f"│ {verb} " in out for verb in ("show", "check", "convert", "split"))
+
+
+def test_what_the_model_has_no_embedding_for_is_rejected_before_training(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer knows a token more than the model; several files are checked as one."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    files = [write("one.jsonl", {"text": "a"}), write("other.jsonl", {"text": "a"}, {"text": "the answer is"})]
+    code = main.run(["data", "check", *files, "--model", str(model), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (code, found["source"], found["rows_in"]) == (2, "one.jsonl, other.jsonl", 3)
+    assert all("is not in the model, which has 100 tokens" in each["reason"] for each in found["rejected"])
+    assert found["rejected"]

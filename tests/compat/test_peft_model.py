@@ -9,6 +9,7 @@ import torch
 from compat_toys import SETTINGS, config_of, ids, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loratune.adapter.attach import Attachments, attached_to
@@ -252,11 +253,19 @@ def test_hot_swapping_equals_loading(ranks: tuple[int, int], alpha: int, rslora:
     assert torch.allclose(one(ids()), other(ids()), atol=1e-5)
 
 
-def test_pickled_files_hold_tensors_alone_and_are_read(tmp_path: Path) -> None:
-    model = model_of()
-    model.save_pretrained(tmp_path, safe_serialization=False)
-    assert (tmp_path / "adapter_model.bin").is_file()
-    assert torch.allclose(PeftModel.from_pretrained(toy(), tmp_path)(ids()), model(ids()), atol=1e-5)
+def test_pickles_are_neither_written_nor_read(tmp_path: Path) -> None:
+    model, base = model_of(), toy()
+    with pytest.raises(ConfigError, match="safe_serialization=False asks for a pickle"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    expected = base(ids())
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin, a pickle, .* Load it once in PEFT"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(base(ids()), expected)
 
 
 def test_a_card_that_exists_keeps_its_text(tmp_path: Path) -> None:

@@ -170,6 +170,20 @@ def test_rows_that_cannot_be_trained_leave_nothing_to_show(tmp_path: Path) -> No
     assert len(found.ledger.rejects) == 2
 
 
+def test_several_specs_are_read_as_one_as_a_run_reads_them(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text('{"text": "a b"}\n' * 2)
+    other.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n')
+    specs = [str(one), f"{other}#2"]
+    found = preview(specs, encoder(), rows=9)
+    assert (found.format, found.source) == ("text, prompt_completion", ", ".join(specs))
+    assert [row.where for row in found.rows] == [f"{one}:1", f"{one}:2", f"{other}:1"]
+    assert (found.ledger.rows_in, [each.where for each in found.ledger.rejects]) == (4, [f"{other}:2"])
+    trained = load_dataset(dict.fromkeys(specs, 1.0), encoder(), reject=True)
+    assert (found.num_tokens, found.num_trained) == (trained.num_tokens, trained.num_labels)
+    assert read_ledger(specs).rows_in == 4
+
+
 @pytest.mark.parametrize("read", [lambda path: preview(path, encoder()), read_ledger])
 def test_a_file_without_rows(tmp_path: Path, read: Any) -> None:
     with pytest.raises(DataError, match="has no rows"):

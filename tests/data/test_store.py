@@ -28,11 +28,11 @@ class Counting(Encoder):
         super().__init__(tokenizer_of("gemma"), 64, **options)
         self.rows, self.limit = 0, limit
 
-    def encode_many(self, rows: Sequence[Row]) -> list[list[Document] | DataError]:
+    def finish(self, rows: Sequence[Row], prepared: Any) -> list[list[Document] | DataError]:
         if self.limit is not None and self.rows + len(rows) > self.limit:
             raise KeyboardInterrupt
         self.rows += len(rows)
-        return super().encode_many(rows)
+        return super().finish(rows, prepared)
 
 
 @pytest.fixture(autouse=True)

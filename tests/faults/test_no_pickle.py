@@ -13,8 +13,6 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "she
 CALLS = {"eval", "exec", "__import__", "torch.load", "torch.save", "torch.hub.load", "numpy.load", "np.load",
          "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}  # fmt: skip
 TRUE_NEVER = {"trust_remote_code", "allow_pickle", "shell"}
-# compat.peft reads and writes the adapter_model.bin of PEFT, as tensors alone (weights_only), because that is its task.
-EXCEPT = {("compat/peft_state.py", "torch.load"), ("compat/peft_state.py", "torch.save")}
 
 
 def found_in(source: str) -> Iterator[str]:
@@ -59,4 +57,4 @@ def test_the_package_has_none() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 80
     found = {(path.relative_to(PACKAGE).as_posix(), each) for path in files for each in found_in(path.read_text())}
-    assert found - EXCEPT == set()
+    assert found == set()

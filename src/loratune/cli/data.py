@@ -48,6 +48,10 @@ Spec = Annotated[
         metavar="FILE", help="JSONL, JSON, CSV, Parquet ..., FILE#500, a folder, hub:NAME.", show_default=False
     ),
 ]
+Specs = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE...", help="As for train; several are read as one, in order.", show_default=False),
+]
 FormatName = Annotated[
     str | None, typer.Option("--format", metavar="NAME", help="The rows' format, where their keys do not tell.")
 ]
@@ -76,7 +80,7 @@ def data(context: typer.Context) -> int:
 
 @app.command("show")
 def show(
-    spec: Spec,
+    specs: Specs,
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model: its tokenizer is loaded.")],
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=0, help="How many rows to show.")] = 3,
     row: Annotated[
@@ -97,7 +101,7 @@ def show(
     from loratune.data.preview import preview
 
     encoder, options = _encoder(model, max_tokens, train_on, long), _cached()
-    found = preview(spec, encoder, format=format, columns=columns, rows=rows, only=row or (), **options)
+    found = preview(specs, encoder, format=format, columns=columns, rows=rows, only=row or (), **options)
     if html is not None:
         from loratune.files import atomic_write
         from loratune.report.data_page import data_page
@@ -117,7 +121,7 @@ def show(
 
 @app.command("check")
 def check(
-    spec: Spec,
+    specs: Specs,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="Check too that its tokenizer can encode every row."),
@@ -135,11 +139,11 @@ def check(
     from loratune.data.tokenise import DROPPED
 
     if model is None:
-        ledger = preview.read_ledger(spec, format, columns)
+        ledger = preview.read_ledger(specs, format, columns)
     else:
         encoder = _encoder(model, max_tokens, train_on, long)
-        ledger = preview.read_tokens(spec, encoder, format, columns, **_cached()).ledger
-    _show_ledger(spec, ledger, as_json, "trained" if model else "sound")
+        ledger = preview.read_tokens(specs, encoder, format, columns, **_cached()).ledger
+    _show_ledger(", ".join(specs), ledger, as_json, "trained" if model else "sound")
     return 2 if any(not each.reason.startswith(DROPPED) for each in ledger.rejects) else 0
 
 
@@ -212,20 +216,23 @@ def _beside(spec: str) -> Path:
 
 
 def _encoder(model: str, max_tokens: int | None, train_on: Part, long: Beyond) -> "Encoder":
-    """Loads a tokenizer and, where a model lies beside it, the longest row that the model takes; never its weights."""
+    """Loads a tokenizer and, where a model lies beside it, the longest row and the tokens it takes; never weights."""
     from loratune.data.encode import Encoder
     from loratune.model import load
 
-    folder = Path(model)
+    folder, num_ids = Path(model), None
     if folder.is_dir() and not (folder / "config.json").is_file():  # a tokenizer alone, as in a run's adapter/
         source = load.Source("folder", folder, str(folder))
     else:
         source = load.resolve(model, _notify)
-        max_tokens = max_tokens or _num_positions(source.path)
-    return Encoder(load.tokenizer_of(source), max_tokens, train_on=train_on.value, long=long.value)
+        positions, num_ids = _sizes(source.path)
+        max_tokens = max_tokens or positions
+    tokenizer = load.tokenizer_of(source)
+    return Encoder(tokenizer, max_tokens, train_on=train_on.value, long=long.value, num_ids=num_ids)
 
 
-def _num_positions(folder: Path) -> int | None:
+def _sizes(folder: Path) -> tuple[int | None, int | None]:
+    """Returns how many tokens a model reads at once, and how many it knows."""
     from transformers import AutoConfig
 
     try:
@@ -235,7 +242,8 @@ def _num_positions(folder: Path) -> int | None:
         raise ConfigError(
             f"cannot read {folder / 'config.json'}: {reason} Give the limit with --max-tokens."
         ) from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
 
 
 def _cached() -> dict[str, Any]:

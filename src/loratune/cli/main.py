@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from loratune.cli import adapters, chat, data, demo, doctor, explain, export, runs, train
+from loratune.cli import adapters, chat, data, demo, doctor, eval, explain, export, ladder, plan, runs, train
 from loratune.errors import LoratuneError
 
 INTERRUPTED = 130
@@ -26,7 +26,7 @@ class _Verbs(typer.core.TyperGroup):
         return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
-_ORDER = ("demo", "explain", "doctor", "data", "train", "chat", "export", "adapters", "runs")
+_ORDER = ("demo", "explain", "doctor", "data", "plan", "train", "ladder", "chat", "eval", "export", "adapters", "runs")
 
 app = typer.Typer(
     name="loratune",
@@ -39,8 +39,11 @@ app.command("demo", rich_help_panel="Learn")(demo.demo)
 app.command("explain", rich_help_panel="Learn")(explain.explain)
 app.command("doctor", rich_help_panel="Learn")(doctor.doctor)
 app.add_typer(data.app, name="data", rich_help_panel="Data and plan")
+app.command("plan", rich_help_panel="Data and plan")(plan.plan)
 app.command("train", rich_help_panel="Train")(train.train)
+app.command("ladder", rich_help_panel="Train")(ladder.ladder)
 app.command("chat", rich_help_panel="Use")(chat.chat)
+app.command("eval", rich_help_panel="Use")(eval.evaluate)
 app.command("export", rich_help_panel="Use")(export.export)
 app.add_typer(adapters.app, name="adapters", rich_help_panel="Use")
 app.add_typer(runs.app, name="runs", rich_help_panel="Use")

@@ -108,14 +108,17 @@ class Progress:
     losses: list[float] = field(default_factory=list[float])
     evaluations: list[Event] = field(default_factory=list[Event])
     checkpoint: Event | None = None
+    arm: Event | None = None  # of a trial that is under way
 
     def see(self, event: Event) -> None:
         """Takes in one event."""
         if event["event"] == "start":
             self.num_steps = event["num_steps"]
         elif event["event"] == "step":
-            self.step, self.num_steps = event, event["num_steps"]
+            self.step, self.num_steps, self.arm = event, event["num_steps"], None
             self.losses.append(event["loss"])
+        elif event["event"] == "arm":
+            self.arm = event
         elif event["event"] == "evaluation":
             self.evaluations.append(event)
         elif event["event"] == "checkpoint":
@@ -125,7 +128,7 @@ class Progress:
 class LiveView:
     """A panel that is redrawn in place; what is said and noticed stands above it and stays."""
 
-    _DRAWN = frozenset(("step", "evaluation", "checkpoint"))
+    _DRAWN = frozenset(("step", "arm", "evaluation", "checkpoint"))
 
     def __init__(self, title: str, console: Console) -> None:
         self.title = title
@@ -141,6 +144,8 @@ class LiveView:
             self.close()
             self.say(plain(event))
             self.say(ending(event, self.progress.evaluations))
+        elif name == "ladder":
+            self.say(plain(event))
         elif self._live is not None and name in self._DRAWN:
             self.progress.see(event)
             self._live.update(self.draw(), refresh=True)
@@ -207,6 +212,10 @@ def panel_rows(progress: Progress, width: int) -> list[tuple[str, Any]]:
         ("memory", size(step["memory_bytes"])),
         ("time", _time(step)),
     ]
+    if progress.arm is not None:
+        rows.append(
+            ("trial", f"{progress.arm['rung']}   step {progress.arm['step']}   loss {progress.arm['loss']:.4f}")
+        )
     if progress.checkpoint is not None:
         rows.append(("saved", f"step {progress.checkpoint['step']}"))
     return rows
@@ -226,6 +235,8 @@ def _evaluation(evaluations: Sequence[Event]) -> Text:
     last, best = evaluations[-1], min(evaluations, key=lambda item: item["loss"])
     text = Text(f"{last['loss']:.4f}  ", style="bold")
     text.append(f"{last['low']:.4f} to {last['high']:.4f}", style="cyan")
+    if told := figures_told(last.get("figures", {})):
+        text.append(f"   {told[0]}", style="bold")
     place = "best so far" if best is last else f"best {best['loss']:.4f} at step {best['step']}"
     return text.append(f"   at step {last['step']}, {place}", style="dim")
 
@@ -268,11 +279,24 @@ def _step_line(event: Event) -> str:
 
 
 def _evaluation_line(event: Event) -> str:
-    return (
+    head = (
         f"evaluation at step {event['step']}: loss {event['loss']:.4f} "
-        f"(95%: {event['low']:.4f} to {event['high']:.4f})  perplexity {event['perplexity']:.2f}  "
-        f"{event['num_rows']:,} rows, {event['num_label_tokens']:,} tokens"
+        f"(95%: {event['low']:.4f} to {event['high']:.4f})  "
     )
+    if "figures" in event:  # of a task
+        return f"{head}{'  '.join(figures_told(event['figures']))}  {event['num_rows']:,} rows"
+    return (
+        f"{head}perplexity {event['perplexity']:.2f}  {event['num_rows']:,} rows, {event['num_label_tokens']:,} tokens"
+    )
+
+
+def figures_told(figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """Returns each figure of a task with its 95% interval; one that is not defined there is left out."""
+    return [
+        f"{name.replace('_', ' ')} {each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
+        for name, each in figures.items()
+        if each["value"] is not None
+    ]
 
 
 def _end_line(event: Event) -> str:
@@ -286,12 +310,36 @@ def _memory_line(event: Event) -> str:
     return f"memory ran out in step {event['step'] + 1}: {now}; the result is the same but for rounding"
 
 
+def _arm_line(event: Event) -> str:
+    return f"trial of {event['rung']}: {_step_line(event)}"
+
+
+def _decision_line(event: Event) -> str:
+    from loratune.report.ladder_texts import why
+
+    return f"decision at step {event['step']}: {why(event)}"
+
+
+def _ladder_text(event: Event) -> str:
+    from loratune.report.ladder_page import terminal
+
+    return terminal(event)
+
+
+def _rung_line(event: Event) -> str:
+    return f"rung {event['rung']} from step {event['step']}: r {event['r']}, {event['parameters']:,} parameters"
+
+
 _LINES: dict[str, Callable[[Event], str]] = {
     "memory": _memory_line,
     "notice": lambda event: f"note: {event['message']}",
     "summary": lambda event: str(event["text"]).rstrip(),
     "start": _start_line,
     "step": _step_line,
+    "arm": _arm_line,
+    "decision": _decision_line,
+    "rung": _rung_line,
+    "ladder": _ladder_text,
     "evaluation": _evaluation_line,
     "checkpoint": lambda event: f"saved step {event['step']}: {event['path']}",
     "end": _end_line,
@@ -306,12 +354,29 @@ def ending(event: Event, evaluations: Sequence[Event]) -> str:
         first, best = evaluations[0], min(evaluations, key=lambda item: item["loss"])
         start = f"{first['loss']:.4f} at step {first['step']}"
         lines.append(f"evaluation loss: {start}, best {best['loss']:.4f} at step {best['step']}")
+        lines += [f"{title}\n{text_table(rows)}" for title, rows in best.get("tables", {}).items()]
     if event["status"] == "stopped":
         return "\n".join([*lines, f"go on with:  loratune train --resume {output}"])
     lines.append(f"everything is in {output}; next:")
-    lines.append(f"  loratune chat {output}")
+    is_task = bool(evaluations) and "figures" in evaluations[-1]
+    lines.append(f"  loratune eval {output} --data FILE" if is_task else f"  loratune chat {output}")
     lines.append(f"  loratune export {output} --to merged --output DIR")
     return "\n".join(lines)
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows of the same keys as lines of aligned columns."""
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        for name, *rest in cells
+    )
+    return "\n".join("  " + "  ".join(line) for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -19,6 +19,7 @@ KEYS = {
     "long": "data.long",
     "reject": "data.reject",
     "output": "output",
+    "task": "adapter.task_type",
     "preset": "adapter.preset",
     "r": "adapter.r",
     "lora_alpha": "adapter.lora_alpha",
@@ -51,6 +52,9 @@ def train(
     data: Annotated[str | None, _option("Training rows: a file, FILE#500, a folder, hub:NAME.", "FILE")] = None,
     validation: Annotated[str | None, _option("Rows to evaluate on (default: 5% held out).", "FILE")] = None,
     output: Annotated[str | None, _option("The run directory.", "DIR")] = None,
+    task: Annotated[
+        str | None, _option("What the rows teach, such as SEQ_CLS (default: CAUSAL_LM, continuing text).", "TASK")
+    ] = None,
     resume: Annotated[Path | None, _option("Take up a stopped run where it was.", "RUN")] = None,
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Resume with what has changed; the run is labelled so.")

@@ -280,8 +280,10 @@ class PeftModel(KnownToPeft, nn.Module):
         """Writes the adapters, not the base: "default" into the directory, others into one of their own inside it.
 
         `path_initial_model_for_weight_conversion` is not needed: what PiSSA and OLoRA learn is always stored as plain
-        LoRA for the original base.
+        LoRA for the original base. Raises ConfigError for `safe_serialization=False`, which asks for a pickle.
         """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False asks for a pickle; only safetensors is written: leave it out.")
         folder = Path(save_directory)
         if folder.is_file():
             raise ConfigError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -293,7 +295,7 @@ class PeftModel(KnownToPeft, nn.Module):
             write_card(self, folder)
             for name in names:
                 where = folder if name == "default" else folder / name
-                write_adapter(self, name, where, safe_serialization, save_embedding_layers)
+                write_adapter(self, name, where, save_embedding_layers)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Saves the adapters and uploads them to a repository on the hub."""

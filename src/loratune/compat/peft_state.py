@@ -1,6 +1,5 @@
 """PEFT's state dicts and files over loratune's one format: `loratune.adapter.peft_format`."""
 
-import io
 import os
 import re
 import warnings
@@ -8,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -209,28 +207,25 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
 
 def load_peft_weights(model_id: str | os.PathLike[str], device: str | None = None, **hub: Any) -> dict[str, Tensor]:
-    """Reads the tensors of an adapter in a folder or on the hub: safetensors, else a pickle of tensors alone."""
+    """Reads the tensors of an adapter in a folder or on the hub; AdapterError for a pickle, which could run code."""
     path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
     if path is not None:
         return load_file(path, device or "cpu")
-    path = locate(model_id, WEIGHTS_NAME, **hub)
-    if path is None:
-        raise AdapterError(f"{model_id} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}.")
-    return torch.load(path, map_location=device or "cpu", weights_only=True)
+    if locate(model_id, WEIGHTS_NAME, **hub) is None:
+        raise AdapterError(f"{model_id} holds no {SAFETENSORS_WEIGHTS_NAME}.")
+    raise AdapterError(
+        f"{model_id} holds its tensors as {WEIGHTS_NAME}, a pickle, which can run code and is not read. Load it "
+        "once in PEFT and save it with safe_serialization=True."
+    )
 
 
-def write_adapter(model: nn.Module, name: str, folder: Path, safe: bool, embeddings: bool | str) -> None:
+def write_adapter(model: nn.Module, name: str, folder: Path, embeddings: bool | str) -> None:
     """Writes adapter_config.json and the tensors; each file whole or not at all."""
     layers = layers_of(model)
     config = layers.peft_config[name]
     tensors = get_peft_model_state_dict(model, None, name, save_embedding_layers=embeddings)
     files.make_directory(folder)
-    if safe:
-        files.atomic_write(folder / SAFETENSORS_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
-    else:
-        buffer = io.BytesIO()
-        torch.save(tensors, buffer)
-        files.atomic_write(folder / WEIGHTS_NAME, buffer.getvalue())
+    files.atomic_write(folder / SAFETENSORS_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
     files.write_json(folder / CONFIG_NAME, _saved_config(layers, config, name))
 
 

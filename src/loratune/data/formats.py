@@ -45,7 +45,14 @@ def _classification(row: dict[str, Any]) -> Value:
     value: dict[str, Any] = {"text": as_text(row["text"], "text")}
     if row.get("text_pair") not in _ABSENT:
         value["text_pair"] = as_text(row["text_pair"], "text_pair")
-    return "classification", value | {"label": as_label(row["label"], "label")}
+    return "classification", value | {"label": _labels(row["label"])}
+
+
+def _labels(value: Any) -> Any:
+    """One label, or a list of those that apply, which may be empty."""
+    if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[")):
+        return [as_label(each, f"label {n}") for n, each in enumerate(as_list(value, "label", "a list of labels"), 1)]
+    return as_label(value, "label")
 
 
 def _tagging(row: dict[str, Any]) -> Value:

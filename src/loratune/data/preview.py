@@ -23,6 +23,8 @@ _BINS = 32
 _LOG_FROM = 20  # lengths that span more than this factor are counted on a logarithmic axis
 _REPLACEMENT = "\ufffd"  # a decoder's word for bytes that are no whole character yet
 _MAX_CHARACTER_BYTES = 4  # in UTF-8
+Specs = str | Path | Sequence[str]  # one spec (see `sources`), or several that are read as one, in order
+
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
 
 
@@ -103,7 +105,7 @@ def ledger_json(ledger: Ledger) -> dict[str, Any]:
 
 
 def preview(
-    spec: str | Path,
+    spec: Specs,
     encoder: Encoder,
     *,
     format: str | None = None,
@@ -113,24 +115,25 @@ def preview(
     cache: Path | None = None,
     notify: Notify | None = None,
 ) -> Preview:
-    """Reads and tokenises a whole spec as a run does, and takes the first `rows` rows that are trained for a look.
+    """Reads and tokenises whole specs as a run does, and takes the first `rows` rows that are trained for a look.
 
     `only` names the rows to take instead: a line number, or FILE:LINE as messages write it. Raises what `load_dataset`
     raises but for rows that are rejected, and ConfigError for a row in `only` that is not there.
     """
-    layout = detect(spec, format, columns)
+    layouts = [layout for each in _each(spec) if (layout := detect(each, format, columns))]
+    mapped = {column: key for layout in layouts for column, key in layout.columns.items() if column != key}
     tokens = read_tokens(spec, encoder, format, columns, cache, notify)
     documents, ledger = Documents(tokens.chunks), tokens.ledger
     lengths, labels = documents.lengths, documents.labels
     kinds = {kind for kind, _ in tokens.sources}
     return Preview(
-        source=str(spec),
+        source=_name(spec),
         model=encoder.tokenizer.name_or_path,
         template=_template(encoder) if "messages" in kinds else None,
         train_on=encoder.train_on,
         max_tokens=encoder.max_tokens,
-        format=layout and layout.name,
-        columns={column: key for column, key in layout.columns.items() if column != key} if layout else {},
+        format=", ".join(dict.fromkeys(layout.name for layout in layouts)) or None,
+        columns=mapped,
         ledger=ledger,
         num_documents=len(documents),
         num_tokens=int(lengths.sum()),
@@ -142,7 +145,7 @@ def preview(
 
 
 def read_tokens(
-    spec: str | Path,
+    spec: Specs,
     encoder: Encoder,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -150,7 +153,7 @@ def read_tokens(
     notify: Notify | None = None,
 ) -> Tokens:
     """Returns everything that a run would train on of a spec, rejected rows in its ledger; DataError without rows."""
-    reading = Reading([str(spec)], format, columns)
+    reading = Reading(_each(spec), format, columns)
     if cache is not None and reading.num_bytes >= MIN_STORED_BYTES:
         tokens = stored(reading, encoder, cache, notify)
     else:
@@ -159,19 +162,28 @@ def read_tokens(
     return tokens
 
 
-def read_ledger(spec: str | Path, format: str | None = None, columns: Mapping[str, str] | None = None) -> Ledger:
+def read_ledger(spec: Specs, format: str | None = None, columns: Mapping[str, str] | None = None) -> Ledger:
     """Returns what can be told of a spec's rows without a tokenizer: the rows that can be read count as trained."""
     ledger = Ledger()
-    for _ in ledger.take(iter_rows(spec, format, columns)):
-        ledger.train()
+    for each in _each(spec):
+        for _ in ledger.take(iter_rows(each, format, columns)):
+            ledger.train()
     ledger.close()
     _check_any(spec, ledger)
     return ledger
 
 
-def _check_any(spec: str | Path, ledger: Ledger) -> None:
+def _each(spec: Specs) -> list[str]:
+    return [str(spec)] if isinstance(spec, str | Path) else list(spec)
+
+
+def _name(spec: Specs) -> str:
+    return ", ".join(_each(spec))
+
+
+def _check_any(spec: Specs, ledger: Ledger) -> None:
     if not ledger.rows_in:
-        raise DataError(f"{spec}: the file has no rows; expected one JSON object a line.")
+        raise DataError(f"{_name(spec)}: the file has no rows; expected one JSON object a line.")
 
 
 def _template(encoder: Encoder) -> str:
@@ -263,9 +275,7 @@ def _first(number: int, documents: Documents, ledger: Ledger, encoder: Encoder) 
     return [_shown(row, documents, ledger, encoder) for row in np.unique(documents.rows)[:number].tolist()]
 
 
-def _named(
-    spec: str | Path, only: Sequence[str], documents: Documents, ledger: Ledger, encoder: Encoder
-) -> list[Shown]:
+def _named(spec: Specs, only: Sequence[str], documents: Documents, ledger: Ledger, encoder: Encoder) -> list[Shown]:
     """Returns the rows of the names, trained or rejected; ConfigError for a name that no row has."""
     trained = [(ledger.place(row), row) for row in np.unique(documents.rows).tolist()]
     shown: list[Shown] = []
@@ -275,7 +285,9 @@ def _named(
             Shown(each.where, reason=each.reason) for each in ledger.rejects if _is_named(each.source, each.line, name)
         ]
         if not found:
-            raise ConfigError(f"{spec} has no row {name!r}; expected a line number, or FILE:LINE as messages write it.")
+            raise ConfigError(
+                f"{_name(spec)} has no row {name!r}; expected a line number, or FILE:LINE as messages write it."
+            )
         shown += found
     return shown
 

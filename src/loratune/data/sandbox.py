@@ -25,6 +25,7 @@ CPU_SECONDS = 0.7  # of one rendering; a long conversation takes a few milliseco
 _WALL_SECONDS = 30.0  # without an answer, where the system has no clock of processor time
 _MAX_STOPS = 3  # after so many rows that had to be stopped, a template is not run again
 _GROUP_ROWS, _GROUP_BYTES = 256, 2**22  # what is sent before the answers are read
+_PIPE_BYTES = 2**16  # what a pipe holds: with less, a reader among busy threads waits for its turn at every few rows
 
 Job = tuple[int, bool, bool]  # the first so many messages, with the generation prompt, with the tools
 
@@ -100,6 +101,7 @@ class Sandbox:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                bufsize=_PIPE_BYTES,
                 start_new_session=True,
             )
             weakref.finalize(self, _close, process)
@@ -140,7 +142,7 @@ def _group(requests: Sequence[Request], start: int) -> list[bytes]:
         if size > _GROUP_BYTES:
             break
         value = {"messages": request.messages, "tools": request.tools, "jobs": request.jobs}
-        lines.append(json.dumps(value).encode() + b"\n")
+        lines.append(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         size += len(lines[-1])
     return lines
 

@@ -33,7 +33,8 @@ class Chunk:
     """The D documents of `num_rows` rows that follow each other, T tokens in all.
 
     offsets int64 (D+1,): where each document's tokens begin; rows int64 (D,): the row that each is of, counted from the
-    data's first; ids int32 (T,), trained bool (T,); rejects: the rows that gave no document, and why.
+    data's first; ids int32 (T,), trained bool (T,); rejects: the rows that gave no document, and why. examples: the
+    documents themselves where they are more than tokens (a task's): these are held in memory and never stored.
     """
 
     num_rows: int
@@ -42,6 +43,7 @@ class Chunk:
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
     rejects: list[tuple[int, str]]
+    examples: list[Document] | None = None
 
     @classmethod
     def of(cls, results: Sequence[list[Document] | str], first_row: int = 0) -> Self:
@@ -56,19 +58,24 @@ class Chunk:
             ids=np.concatenate([np.zeros(0, np.int32), *(document.input_ids for document in documents)]),
             trained=np.concatenate([np.zeros(0, np.bool_), *(document.trained for document in documents)]),
             rejects=[(first_row + i, result) for i, result in enumerate(results) if isinstance(result, str)],
+            examples=documents if any(type(document) is not Document for document in documents) else None,
         )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def document(self, index: int) -> Document:
-        """Returns a copy of one document."""
+        """Returns a copy of one document, or the example itself."""
+        if self.examples is not None:
+            return self.examples[index]
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Document(self.ids[span].copy(), self.trained[span].copy())
 
     @property
     def labels(self) -> Indices:
-        """Trained tokens of each document, (D,)."""
+        """Trained tokens (of examples: losses) of each document, (D,)."""
+        if self.examples is not None:
+            return np.array([each.num_labels for each in self.examples], dtype=np.int64)
         before = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 

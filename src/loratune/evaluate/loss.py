@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from loratune.data.encode import Document
 from loratune.evaluate.interval import Interval, bootstrap_ratio
-from loratune.model.causal import CausalModel
+from loratune.evaluate.protocol import Runner
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Evaluation:
     def perplexity(self) -> float:
         return math.exp(self.loss)
 
-    def to_json(self) -> dict[str, float | int]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "loss": self.loss,
             "low": self.low,
@@ -39,7 +41,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(causal: CausalModel, documents: Sequence[Document], max_tokens: int) -> Evaluation:
+def evaluate(causal: Runner, documents: Sequence[Document], max_tokens: int) -> Evaluation:
     """Returns the loss of the model as it stands on documents: the sum of label losses over the number of labels.
 
     All three figures are NaN where a document's loss is not finite. Raises DataError for fewer than two documents: an
@@ -50,9 +52,14 @@ def evaluate(causal: CausalModel, documents: Sequence[Document], max_tokens: int
         batch = causal.batch([documents[i] for i in pack], pack)
         _, losses = causal.losses(batch)
         sums.index_add_(0, torch.tensor(pack)[batch.owners.cpu()], losses.double().cpu())
-    losses, labels = sums.tolist(), [document.num_labels for document in documents]
+    return evaluation_of(sums, [document.num_labels for document in documents])
+
+
+def evaluation_of(sums: Tensor, labels: Sequence[int]) -> Evaluation:
+    """Returns the evaluation of documents from the sum of each one's losses (D,) and how many they are."""
+    losses = sums.tolist()
     finite = bool(sums.isfinite().all())
     interval = bootstrap_ratio(losses, labels) if finite else Interval(math.nan, math.nan, math.nan)
     return Evaluation(
-        interval.value, interval.low, interval.high, len(documents), sum(labels), tuple(losses), tuple(labels)
+        interval.value, interval.low, interval.high, len(labels), sum(labels), tuple(losses), tuple(labels)
     )

@@ -21,6 +21,8 @@ from loratune.export import companions, probe
 from loratune.export.plan import Group, Operation, Plan, make_plan
 from loratune.export.tensors import FLOATS, Entry, shard_names, write_file, write_index
 from loratune.model.load import Source, resolve
+from loratune.tasks.merge import export_task
+from loratune.tasks.table import TASKS
 
 Notify = Callable[[str], None]
 
@@ -52,6 +54,8 @@ def export_merged(
     _check(output, dtype)
     say = notify or _silent
     value = peft_format.read(adapter)
+    if value.config.task_type in TASKS:  # with a head that the base's files lack: merged in memory
+        return export_task(adapter, output, model=model, dtype=dtype, dry_run=dry_run, notify=notify)
     name = model or value.config.base_model_name_or_path
     if not name:
         raise ConfigError(f"{adapter / peft_format.CONFIG} names no base model. Give it with --model.")

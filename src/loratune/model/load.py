@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,11 @@ from transformers import (
 from transformers.utils import logging
 
 from loratune.errors import ConfigError
-from loratune.model import embedded, gguf
+from loratune.model import embedded, gguf, heads
 
 Notify = Callable[[str], None]
 
-TASKS = {"CAUSAL_LM": AutoModelForCausalLM}
+TASKS = {"CAUSAL_LM": AutoModelForCausalLM}  # whose adapters are merged file by file
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -176,21 +176,27 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     task_type: str = "CAUSAL_LM",
+    labels: Sequence[str] = (),
+    problem: str | None = None,
     notify: Notify | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a base model, frozen and in eval mode, with its tokenizer.
 
+    `labels` are the classes of a task's head, in order, and `problem` is transformers' problem_type; a head that the
+    weights lack is zero until `heads.begin`.
     `device` is cuda where there is one, else cpu; `dtype` is the stored type, but float32 on a CPU, where
     bfloat16 arithmetic is mostly slower. `model.name_or_path` is what PEFT and transformers can load again.
     Raises ConfigError for an unknown model, task or type, for missing, damaged or non-finite weights, and for
     a tokenizer with more tokens than the embedding has rows.
     """
-    task = _known("task_type", task_type, TASKS)
+    task = _known("task_type", task_type, TASKS | heads.CLASSES)
     place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(dtype, place)
     source = resolve(name, notify)
     tokenizer = tokenizer_of(source)
-    model = _weights(task, source, dtype, notify)
+    model = _weights(task, source, dtype, notify, heads.settings(source.path, task_type, labels, problem))
+    if task_type in heads.CLASSES:
+        heads.complete(model, tokenizer)
     check_finite(model)
     check_vocabulary(model, tokenizer)
     model.name_or_path = model.config._name_or_path = source.name
@@ -232,17 +238,19 @@ def _dtype(wish: str | torch.dtype | None, device: torch.device) -> str | torch.
     return wish if isinstance(wish, torch.dtype) else _known("dtype", wish, DTYPES)
 
 
-def _weights(task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None) -> PreTrainedModel:
+def _weights(
+    task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None, settings: dict[str, Any]
+) -> PreTrainedModel:
     _refuse_programs(source.path)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, report = task.from_pretrained(
-                source.path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_NOTHING_RUN
+                source.path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_NOTHING_RUN, **settings
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load the model in {source.path}: {_first_line(error)}") from error
     kind = type(model).__name__
-    if missing := report["missing_keys"]:  # transformers would fill them with random numbers
+    if missing := heads.emptied(model, report, settings, source.path):  # filled with random numbers
         raise ConfigError(
             f"the weights in {source.path} lack {len(missing)} tensors of {kind}; first: {min(missing)}. "
             "Use a complete copy, made for this task."
@@ -277,13 +285,16 @@ def _entries(value: Any) -> Generator[tuple[str, Any]]:
 
 
 @contextmanager
-def _no_progress_bar() -> Generator[None]:
-    """Loading local weights takes seconds, and transformers draws a bar for it over whatever the terminal shows."""
-    shown = logging.is_progress_bar_enabled()
+def no_progress_bar() -> Generator[None]:
+    """Loading local weights takes seconds, and transformers draws a bar for it over whatever the terminal shows, and a
+    table of the tensors that are missing or unused, which are judged here."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

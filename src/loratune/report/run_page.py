@@ -9,8 +9,10 @@ from loratune.errors import AdapterError
 from loratune.report import charts
 from loratune.report.charts import Series, line_chart
 from loratune.report.figures import tag
+from loratune.report.ladder_page import SHOWN_THERE, section
 from loratune.report.run_files import RunFiles, paired
 from loratune.report.run_texts import TEXTS
+from loratune.report.task_page import task_section
 
 _STYLE = """
 :root { --surface: #fcfcfb; --raised: #f4f3ef; --ink: #0b0b0b; --soft: #52514e; --grid: #e1e0d9; --good: #0b7a3b;
@@ -51,7 +53,9 @@ def run_page(folder: Path, language: str = "en") -> str:
         tag("h1", title),
         _heading(run, text),
         _verdict(run, text),
+        section(folder, language),
         _curves([run], text),
+        task_section(run, language),
         _trained(run, text),
         _spectra(run, text),
         _samples(run, text),
@@ -252,7 +256,8 @@ def _settings(run: RunFiles, text: Mapping[str, str]) -> str:
 
 def _events(run: RunFiles, text: Mapping[str, str]) -> str:
     """What is on record besides steps and evaluations: memory that ran out, warnings, a run taken up again."""
-    others = [event for event in run.events if event.get("event") not in ("step", "evaluation", "checkpoint")]
+    elsewhere = ("step", "evaluation", "checkpoint", *SHOWN_THERE)
+    others = [event for event in run.events if event.get("event") not in elsewhere]
     rows = [[str(event.get("event")), _told(event)] for event in others]
     return tag("h2", text["events"]) + _table(None, rows) if rows else ""
 

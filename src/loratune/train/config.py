@@ -15,13 +15,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loratune.errors import ConfigError
+from loratune.train.rungs import on_rung
 from loratune.train.yaml_lines import KeyPath, kind, read_mapping
 
 if TYPE_CHECKING:
     from loratune.adapter.config import LoraConfig
 
 Preset = Literal["fast", "quality", "deep", "expert"]
-Format = Literal["prompt_completion", "messages", "text", "sharegpt", "alpaca"]
+Format = Literal[
+    "prompt_completion", "messages", "text", "sharegpt", "alpaca",
+    "classification", "tagging", "question", "pair", "source_target",
+]  # fmt: skip
 TrainOn = Literal["completion", "all", "last"]
 Long = Literal["stop", "drop", "split"]
 Bias = Literal["none", "all", "lora_only"]
@@ -52,6 +56,16 @@ NamesOrText = Annotated[
 ]
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Rung = Annotated[str, Field(pattern=r"^(fast|quality|deep|expert)(:[1-9]\d*)?$")]
+Rungs = Annotated[
+    list[Rung],
+    Field(min_length=2),
+    Expected("two or more presets, each with a rank if not its own, such as fast, fast:16, expert"),
+]
+Prices = Annotated[
+    dict[Literal["doubling", "second", "gb"], Annotated[float, Field(ge=0, allow_inf_nan=False)]],
+    Expected("a mapping of doubling, second or gb to numbers, at least 0"),
+]
 _DATA_EXPECTED = Expected("text (in quotes if it looks like a number), or a mapping of files to weights of at least 1")
 _TOKENS_EXPECTED = Expected("a list of token ids, or a mapping of embeddings to such lists")
 
@@ -158,13 +172,29 @@ class TrainConfig(_Section):
     allow_uneven: Switch = False
 
 
+class LadderConfig(_Section):
+    """Adapters from the basic to the richest, climbed only as far as the held-out rows show that it pays.
+
+    A rung is a preset ("quality"), or a preset with another rank ("quality:32"; lora_alpha = 2 r). `price`: by how many
+    nats per label token a climb must lower the held-out loss for each doubling of the trainable parameters, each
+    second more per step and each gigabyte (gb) more of memory; without one, any gain that is real will do.
+    """
+
+    rungs: Rungs = ["fast", "quality", "expert"]
+    price: Prices = {}
+
+
 class RunConfig(_Section):
-    """One run: base model, data, adapter, training and the directory that everything is written to."""
+    """One run: base model, data, adapter, training and the directory that everything is written to.
+
+    With `ladder`, the adapter begins at the first rung and grows.
+    """
 
     model: Text
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
+    ladder: LadderConfig | None = None
     output: Text
 
 
@@ -176,7 +206,9 @@ class ResolvedConfig:
     origins: dict[str, str]
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "adapter": AdapterConfig, "train": TrainConfig}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataConfig, "adapter": AdapterConfig, "train": TrainConfig, "ladder": LadderConfig,
+}  # fmt: skip
 _PRESET_FIELDS = frozenset(("r", "lora_alpha", "lora_dropout", "target_modules"))
 _REQUIRED: dict[KeyPath, str] = {
     ("model",): "no base model is set: give 'model: FOLDER, HUB ID or GGUF FILE' in {file}, or --model.",
@@ -185,14 +217,18 @@ _REQUIRED: dict[KeyPath, str] = {
 }
 
 
-def load_run_config(path: Path | None, overrides: Mapping[str, Any], *, caller: str | None = None) -> ResolvedConfig:
+def load_run_config(
+    path: Path | None, overrides: Mapping[str, Any], *, caller: str | None = None, ladder: bool = False
+) -> ResolvedConfig:
     """Reads a run's YAML file and puts `overrides`, by dotted key such as "train.epochs", over it; None is no override.
 
-    The overrides are the command line's flags, or the arguments of the function named by `caller`.
+    The overrides are the command line's flags, or the arguments of the function named by `caller`. `ladder` makes it a
+    ladder also where the file has no such section.
     Raises ConfigError, one line per problem, each with file and line or flag: unknown key (with the nearest one),
     wrong type or range, missing value, and whatever `yaml_lines.read_mapping` refuses.
     """
-    values, origins = _merged(path, {key: value for key, value in overrides.items() if value is not None}, caller)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values, origins = _merged(path, given, caller, ladder)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -215,7 +251,7 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-_FLAGS = {"data.train": "--data", "data.columns": "--column"}
+_FLAGS = {"data.train": "--data", "data.columns": "--column", "adapter.task_type": "--task"}
 
 
 def flag_of(key: str) -> str:
@@ -228,6 +264,8 @@ def dump(resolved: ResolvedConfig) -> str:
     lines: list[str] = []
     for name, value in resolved.config.model_dump().items():
         if name in SECTIONS:
+            if value is None:
+                continue
             lines.append(f"{name}:")
             lines += [_dump_line(f"  {key}", item, resolved.origins[f"{name}.{key}"]) for key, item in value.items()]
         else:
@@ -236,7 +274,7 @@ def dump(resolved: ResolvedConfig) -> str:
 
 
 def _merged(
-    path: Path | None, overrides: dict[str, Any], caller: str | None
+    path: Path | None, overrides: dict[str, Any], caller: str | None, ladder: bool
 ) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """Returns the nested values of file and overrides, and the origin of each key that was given."""
     values: dict[str, Any] = {}
@@ -246,7 +284,8 @@ def _merged(
         values = located.values
         origins = {key: f"{path}:{line}" for key, line in located.lines.items() if len(key) <= 2}
     for section in SECTIONS:
-        if values.get(section) is None:  # `train:` with all its lines commented out
+        wanted = section != "ladder" or ladder or section in values
+        if wanted and values.get(section) is None:  # `train:` with all its lines commented out
             values[section] = {}
     for dotted, value in overrides.items():
         *sections, key = dotted.split(".")
@@ -260,14 +299,16 @@ def _merged(
 def _with_adapter(config: RunConfig, given: dict[str, str], path: Path | None) -> ResolvedConfig:
     """Writes the preset's values out, so that the saved run says what was used, and completes the origins."""
     try:
-        lora = config.adapter.to_lora_config()
+        adapter = config.adapter if config.ladder is None else on_rung(config.adapter, config.ladder.rungs[0])
+        lora = adapter.to_lora_config()
     except ConfigError as error:
         raise ConfigError(f"{path or 'flags'}: adapter: {error}") from error
-    preset = config.adapter.preset or "fast"
+    preset = adapter.preset or "fast"
     filled = {key.removeprefix("adapter."): value for key, value in adapter_overrides(lora).items()}
-    adapter = config.adapter.model_copy(update={"preset": preset, **filled})
-    config = config.model_copy(update={"adapter": adapter})
+    config = config.model_copy(update={"adapter": adapter.model_copy(update={"preset": preset, **filled})})
     from_preset = {f"adapter.{name}": f"preset {preset}" for name in _PRESET_FIELDS}
+    if config.ladder is not None:
+        from_preset |= {f"adapter.{name}": f"rung {config.ladder.rungs[0]}" for name in ("preset", "r", "lora_alpha")}
     if "adapter.r" in given:
         from_preset["adapter.lora_alpha"] = "2 r"  # LoraConfig.preset: alpha follows a rank that is not the preset's
     return ResolvedConfig(config, {key: given.get(key) or from_preset.get(key, "default") for key in _keys()})

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 from loratune.data.dataset import Dataset, hold_out, load_dataset
 from loratune.data.encode import Encoder
+from loratune.data.examples import RowEncoder
 from loratune.data.ledger import Ledger
 from loratune.data.sources import folder_splits
 from loratune.data.tokenise import Notify
@@ -14,7 +16,9 @@ from loratune.train.config import DataConfig
 LEDGER = "ledger.jsonl"
 
 
-def load_datasets(config: DataConfig, encoder: Encoder, cache: Path | None, notify: Notify) -> tuple[Dataset, Dataset]:
+def load_datasets(
+    config: DataConfig, encoder: RowEncoder, cache: Path | None, notify: Notify
+) -> tuple[Dataset, Dataset]:
     """Returns (training, validation): the rows of `validation`, else of the folder's validation files, else held out.
 
     Says what the ledgers note. Raises what `load_dataset` raises, and DataError for fewer than two rows to evaluate on.
@@ -23,11 +27,11 @@ def load_datasets(config: DataConfig, encoder: Encoder, cache: Path | None, noti
     def load(spec: str | dict[str, float]) -> Dataset:
         return load_dataset(
             spec,
-            encoder,
+            cast(Encoder, encoder),  # nothing else is asked of it where no tokens are stored
             config.format,
             columns=config.columns,
             reject=config.reject,
-            cache=cache if config.cache else None,
+            cache=cache if config.cache and isinstance(encoder, Encoder) else None,  # a task's data are small
             notify=notify,
         )
 

@@ -25,9 +25,10 @@ from loratune.data.encode import Document
 from loratune.data.pack import step_rows
 from loratune.errors import CheckpointError, ConfigError, TrainingError
 from loratune.evaluate.loss import Evaluation, evaluate
-from loratune.model.causal import CausalModel
+from loratune.evaluate.protocol import Runner
 from loratune.train import checkpoint, schedule, watch
 from loratune.train.config import TrainConfig
+from loratune.train.guide import Guide
 from loratune.train.measure import check_space, checkpoint_bytes, is_out_of_memory, peak_memory_bytes
 from loratune.train.optim import Optimizer
 from loratune.train.signals import stop_on_signals
@@ -49,7 +50,7 @@ class Run:
 
     output: Path
     config: TrainConfig
-    causal: CausalModel
+    causal: Runner
     attached: Attached
     optimizer: Optimizer
     train: Dataset
@@ -65,6 +66,8 @@ class Run:
     course: watch.Course = field(default_factory=watch.Course)
     log: files.JsonLines | None = None
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    guide: Guide | None = None
+    evaluate: Callable[..., Evaluation] = evaluate  # (runner, documents, max_tokens); a task's adds its figures
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens = self.config.micro_batch_tokens
@@ -94,6 +97,8 @@ class Run:
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the step about to be done."""
+        if self.guide is not None:
+            return self.guide.learning_rate(self)
         warmup = schedule.warmup_steps(self.config, self.num_steps)
         peak = schedule.peak_rate(self.config, self.num_parameters)
         return schedule.rate(self.step, self.num_steps, warmup, peak)
@@ -117,7 +122,7 @@ def train_step(run: Run) -> dict[str, Any]:
         raise _not_finite(run, rows, loss, norm)
     learning_rate = run.learning_rate()
     with run.gates.update(run.step, learning_rate, documents):
-        run.optimizer.step(learning_rate)
+        _update(run, learning_rate)
     run.step += 1
     return {
         "step": run.step,
@@ -128,6 +133,20 @@ def train_step(run: Run) -> dict[str, Any]:
         "num_tokens": sum(document.num_tokens for document in documents),
         "num_label_tokens": num_labels,
     }
+
+
+def _update(run: Run, learning_rate: float) -> None:
+    """Updates the parameters; where memory runs out, some of them are updated, so the step cannot be repeated."""
+    try:
+        run.optimizer.step(learning_rate)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"step {run.step + 1}: memory ran out in the update of the parameters, which is half done: "
+            f"{str(error).partition(chr(10))[0]} {_last_checkpoint(run)} Free memory and resume from there, or start "
+            "again with a smaller rank or smaller micro-batches."
+        ) from error
 
 
 def _accumulate(run: Run, rows: list[int], documents: list[Document], num_labels: int) -> float:
@@ -163,7 +182,7 @@ def _halve(run: Run, documents: Sequence[Document], reason: str) -> None:
         torch.cuda.empty_cache()
     lengths = [document.num_tokens for document in documents]
     before = run.micro_batch_tokens
-    if all(len(pack) == 1 for pack in run.causal.cut(documents, before)):
+    if run.causal.cut(documents, before) == run.causal.cut(documents, 1):  # it cannot be cut further
         raise TrainingError(
             f"step {run.step + 1}: memory ran out on single rows (the longest has {max(lengths):,} tokens): {reason} "
             f"{_last_checkpoint(run)} Leave out or split the longest rows, or use a smaller model or rank."
@@ -197,15 +216,22 @@ def train(run: Run) -> str:
         with stop_on_signals() as stop:
             with saying_what_is_saved(run):
                 run.log = files.JsonLines(run.output / METRICS, keep=run.num_metrics)
+            if run.log.count < run.num_metrics:
+                message = f"{METRICS} was cut: {run.log.count:,} of {run.num_metrics:,} lines up to here are left"
+                run.tell({"event": "notice", "step": run.step, "message": message})
             if run.continued and run.continued[-1]["step"] == run.step:
                 run.log.write({"event": NOT_IDENTICAL, **run.continued[-1]})
             if run.step == 0:
                 _evaluate(run)
-            clock, saved = _Clock(), run.step
+            clock, saved = Clock(), run.step
             while not run.is_over and not (stop.requested and saved == run.step > 0):
+                if run.guide is not None and run.guide.is_due(run):
+                    saved = save(run)
+                    run.guide.turn(run, stop)
+                    continue
                 line = clock.timed(run)
                 run.tell({"event": "step", **line}, num_steps=run.num_steps)
-                _judge(run, line)
+                judge(run, line)
                 if _is_due(run, run.config.eval_every, at_epochs=True):
                     _evaluate(run)
                     saved = save(run)
@@ -220,7 +246,7 @@ def train(run: Run) -> str:
     return "done" if run.is_over else "stopped"
 
 
-def _judge(run: Run, line: dict[str, Any]) -> None:
+def judge(run: Run, line: dict[str, Any]) -> None:
     """Looks at a step's loss beside the untuned model's; stops a run that has blown up."""
     try:
         remark = run.course.see(run.step, line["loss"])
@@ -242,15 +268,24 @@ def _is_due(run: Run, every: int | None, *, at_epochs: bool) -> bool:
     return at_epochs and run.step % run.steps_per_epoch == 0
 
 
-def _evaluate(run: Run) -> None:
-    """Evaluates on the held-out rows, notes the result, and whether it is the best."""
+def measure(run: Run, rows: Dataset) -> Evaluation:
+    """Evaluates the model as it stands on held-out rows; raises TrainingError for a loss that is not finite."""
     run.attached.shared.noise = None
     run.attached.train_mode(False)
-    documents = run.validation.documents
-    result = within_memory(run, documents, lambda: evaluate(run.causal, documents, run.micro_batch_tokens))
+    documents = rows.documents
+    result = within_memory(run, documents, lambda: run.evaluate(run.causal, documents, run.micro_batch_tokens))
     run.attached.train_mode(True)
     if not math.isfinite(result.loss):
-        raise _not_finite_held_out(run, result)
+        raise _not_finite_held_out(run, rows, result)
+    return result
+
+
+def _evaluate(run: Run) -> None:
+    note(run, measure(run, run.validation))
+
+
+def note(run: Run, result: Evaluation) -> None:
+    """Notes the evaluation of the present step, and whether it is the best."""
     run.evaluations[run.step] = result
     run.tell({"event": "evaluation", "step": run.step, **result.to_json()})
     if run.step == 0:
@@ -274,26 +309,24 @@ def _at_the_end(run: Run) -> Iterator[str]:
         )
 
 
-def _not_finite_held_out(run: Run, result: Evaluation) -> TrainingError:
-    bad = [
-        source
-        for source, loss in zip(run.validation.sources, result.document_losses, strict=True)
-        if not math.isfinite(loss)
-    ]
+def _not_finite_held_out(run: Run, rows: Dataset, result: Evaluation) -> TrainingError:
+    losses = zip(rows.sources, result.document_losses, strict=True)
+    bad = [source for source, loss in losses if not math.isfinite(loss)]
     cause = "the weights of the base model may hold NaN" if run.step == 0 else "try a smaller learning rate"
     return TrainingError(
-        f"step {run.step}: the held-out loss of {len(bad)} of {len(run.validation)} rows is not finite "
+        f"step {run.step}: the held-out loss of {len(bad)} of {len(rows)} rows is not finite "
         f"(first: {bad[0]}); {cause}."
     )
 
 
-def save(run: Run) -> int:
-    """Writes a checkpoint of the run as it stands and removes those that need not be kept; returns its step."""
+def save(run: Run, keep: int | None = None) -> int:
+    """Writes a checkpoint of the run as it stands; of all, the last `keep` (the configuration's) and the best stay."""
     assert run.log is not None
     adapter = run.attached.adapter
     config, tensors = peft_format.encode(adapter, run.causal.model)
     state = {name: getattr(run, name) for name in _STATE}
     state |= {"identity": run.identity, "num_metrics": run.log.count, "course": asdict(run.course)}
+    state |= {"guide": run.guide.state()} if run.guide else {}
     with saying_what_is_saved(run):
         run.log.sync()
         check_space(run.output, checkpoint_bytes(adapter))
@@ -301,10 +334,10 @@ def save(run: Run) -> int:
             run.output,
             run.step,
             lambda folder: peft_format.write_into(folder, config, tensors, adapter.base),  # pyright: ignore
-            {**parameters(run), **run.optimizer.state()},
+            {**parameters(run), **run.optimizer.state(), **(run.guide.tensors() if run.guide else {})},
             state,
         )
-    checkpoint.retain(run.output, run.config.keep)
+    checkpoint.retain(run.output, keep or run.config.keep)
     run.on_event({"event": "checkpoint", "step": run.step, "path": str(path)})
     return run.step
 
@@ -322,7 +355,7 @@ def saying_what_is_saved(run: Run) -> Generator[None]:
         ) from error
 
 
-class _Clock:
+class Clock:
     """Times the steps of this process: seconds, tokens per second, time left, peak memory."""
 
     def __init__(self) -> None:
@@ -348,7 +381,10 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     missing = [name for name in (*_STATE, "num_metrics", "course") if name not in saved.state]
     if missing:
         raise CheckpointError(f"{saved.path / checkpoint.STATE} lacks {', '.join(missing)}: another version wrote it.")
-    run.optimizer.load(_copy_parameters(run, saved))
+    tensors = saved.training_state()
+    if run.guide is not None:
+        run.guide.restore(run, saved.state.get("guide"), tensors)
+    run.optimizer.load(take_parameters(run, str(saved.path), tensors))
     for name in (*_STATE, "num_metrics"):
         setattr(run, name, saved.state[name])
     run.course = watch.Course(**saved.state["course"])
@@ -365,7 +401,8 @@ def label_changed(run: Run, changed: list[str]) -> None:
 def use_best(run: Run) -> None:
     """Puts the parameters of the best checkpoint into the attached adapter; without an evaluation the last stay."""
     if run.best is not None and run.best["step"] != run.step:
-        _copy_parameters(run, checkpoint.read(checkpoint.step_folder(run.output, run.best["step"])))
+        best = checkpoint.read(checkpoint.step_folder(run.output, run.best["step"]))
+        take_parameters(run, str(best.path), best.training_state())
 
 
 def parameters(run: Run) -> dict[str, Tensor]:
@@ -374,13 +411,12 @@ def parameters(run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _copy_parameters(run: Run, saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """Takes the parameters of a checkpoint; returns the moments that are stored with them."""
-    tensors = saved.training_state()
+def take_parameters(run: Run, where: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts in place the parameters among what a checkpoint holds; returns the rest, the moments."""
     for name, parameter in run.optimizer.parameters.items():
         stored = tensors.pop(_PARAMETER + name, None)
         if stored is None or stored.shape != parameter.shape:
             found = "is not there" if stored is None else f"has shape {tuple(stored.shape)}"
-            raise CheckpointError(f"{saved.path}: {name} {found}; expected {tuple(parameter.shape)}: another adapter.")
+            raise CheckpointError(f"{where}: {name} {found}; expected {tuple(parameter.shape)}: another adapter.")
         parameter.copy_(stored)
     return tensors

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loratune.data.encode import Document
+from loratune.tasks.model import TaskModel
 from loratune.train import watch
 from loratune.train.loop import Run, within_memory
 from loratune.train.measure import check_space, checkpoint_bytes, is_out_of_memory
@@ -21,7 +22,9 @@ def rehearse(run: Run) -> None:
     watch.check_optimizer(run.optimizer, run.attached.adapter, run.config.lr_ratio)
     rows = {*run.rows_of_step()[:_LOOKED_AT], *range(min(_LOOKED_AT, len(run.train)))}
     candidates = sorted((run.train.documents[row] for row in sorted(rows)), key=lambda document: document.num_tokens)
-    longest, shortest = candidates[-1:], candidates[:2]  # cheap; two, so that rows seeing each other show
+    # One shows all that is reached, but a pair of texts is told from another; of the shortest two, so that rows that
+    # see each other show.
+    longest, shortest = candidates[-2 if isinstance(run.causal, TaskModel) else -1 :], candidates[:2]
     within_memory(run, longest, lambda: watch.check_reached(run.causal, run.attached, longest))
     _check_loss(run, shortest)
     _probe_memory(run)

@@ -20,8 +20,14 @@ def warmup_steps(config: TrainConfig, num_steps: int) -> int:
     return max(1, round(num_steps * WARMUP_SHARE)) if config.warmup_steps is None else config.warmup_steps
 
 
-def rate(step: int, num_steps: int, warmup: int, peak: float) -> float:
-    """Returns the learning rate of step 0..num_steps-1: peak (step + 1) / warmup, then linearly to 0 after the last."""
+def rate(step: int, num_steps: int, warmup: int, peak: float, settled: int | None = 0) -> float:
+    """Returns the learning rate of step 0..num_steps-1: peak (step + 1) / warmup, then linearly to 0 after the last.
+
+    It falls from step `settled` on, if that is later than the end of the warm-up; None: it stays at its peak, because
+    the adapter may grow.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (num_steps - step) / (num_steps - warmup)
+    if settled is None:
+        return peak
+    return peak * (num_steps - step) / (num_steps - max(settled, warmup))

@@ -21,7 +21,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Generator[StopRequest]:
-    """Within the block SIGINT and SIGTERM set the request; outside the main thread no signal can be caught."""
+    """Within the block SIGINT and SIGTERM set the request, in a block within a block the same one; outside the main
+    thread no signal can be caught."""
+    if isinstance(outer := signal.getsignal(signal.SIGTERM), StopRequest):
+        yield outer
+        return
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from loratune.adapter.wrapper import Adapted, AdaptedWeights
 from loratune.data.encode import Document
 from loratune.errors import TrainingError
 from loratune.evaluate.loss import Evaluation
-from loratune.model.causal import CausalModel
+from loratune.evaluate.protocol import Runner
+from loratune.tasks.model import TaskModel
 from loratune.train.optim import Optimizer
 
 _MASTERS = (torch.float32, torch.float64)  # float64 where the base is
@@ -58,7 +60,7 @@ def check_optimizer(optimizer: Optimizer, adapter: Adapter, lr_ratio: float) -> 
             raise TrainingError(f"wrong parameter group: {name} {found} the learning rate; expected {expected:g} x.")
 
 
-def check_reached(causal: CausalModel, attached: Attached, documents: Sequence[Document]) -> None:
+def check_reached(causal: Runner, attached: Attached, documents: Sequence[Document]) -> None:
     """Runs documents forward and backward and raises TrainingError for factors that get no gradient.
 
     Where B is zero its gradient is s g^T (A x), which is zero only if the layer's output does not reach the loss. No
@@ -114,13 +116,13 @@ def _is_unseen(factor: LowRank, seen: "np.ndarray[Any, Any]") -> bool:
 
 
 @torch.no_grad()
-def check_loss(causal: CausalModel, documents: Sequence[Document]) -> str | None:
+def check_loss(causal: Runner, documents: Sequence[Document]) -> str | None:
     """Raises TrainingError unless the loss of documents is what the model itself says with `labels=`.
 
     That is wrong labels (shifted by one), and documents that see each other. Returns why a model cannot be asked.
     """
     _, ours = causal.losses(causal.batch(documents, range(len(documents))))
-    own = _own_losses(causal, documents)
+    own = (causal.own_losses if isinstance(causal, TaskModel) else partial(_own_losses, causal))(documents)
     if own is None:
         return f"{type(causal.model).__name__} has no loss of its own to compare with (it takes no `labels`)."
     found, expected = float(ours.double().mean()), sum(own) / len(ours)
@@ -134,7 +136,7 @@ def check_loss(causal: CausalModel, documents: Sequence[Document]) -> str | None
     return None
 
 
-def _own_losses(causal: CausalModel, documents: Sequence[Document]) -> list[float] | None:
+def _own_losses(causal: Runner, documents: Sequence[Document]) -> list[float] | None:
     """Returns the sum of each document's label losses as the model computes it, alone; None where it does not."""
     losses: list[float] = []
     model: Any = causal.model

@@ -1,0 +1,173 @@
+"""The ladder against each of its rungs from scratch, for as many steps: loss on the same test rows, seconds, memory.
+
+    python bench/ladder.py                 UA-GEC (a Ukrainian sentence, then its correction) with Gemma 3 270M
+    python bench/ladder.py --model FOLDER --name tiny --folder DIR --steps 160 --now       to try it
+
+Each side runs in a process of its own on the same rows, with the defaults of `loratune`. All are compared, row by row,
+on the half of the held-out rows that no decision of the ladder saw. Rows and finished sides that are in DIR are kept:
+a benchmark that was interrupted goes on where it stopped. Writes bench/ladder/NAME.json, NAME.md and the ladder's page,
+NAME.html.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from run import machine, wait_until_idle
+from work import MODELS
+
+HERE = Path(__file__).parent
+RUNGS = ("fast", "quality", "expert")
+SIDES = ("ladder", *RUNGS)
+MAX_COST = 1.3  # of the top rung's run, in seconds
+LONGEST = 250  # characters
+
+
+def write_rows(folder: Path, num_train: int, num_held_out: int) -> None:
+    """Writes train.jsonl and held.jsonl: sentences of UA-GEC that its annotator changed, in an order of documents drawn
+    with a seed, so that next to none of the held-out ones is from a text that is trained on."""
+    from ua_gec import Corpus
+
+    documents = list(Corpus("train", "gec-fluency"))
+    pairs = [
+        pair
+        for index in np.random.default_rng(0).permutation(len(documents))
+        for pair in zip(documents[index].source_sentences, documents[index].target_sentences)
+        if pair[0] != pair[1] and all(20 <= len(each) <= LONGEST for each in pair)
+    ]
+    pairs = list(dict.fromkeys(pairs))[: num_held_out + num_train]
+    for name, chosen in (("held", pairs[:num_held_out]), ("train", pairs[num_held_out:])):
+        rows = ({"prompt": f"{source}\n", "completion": target} for source, target in chosen)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def run_side(options: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
+    """Trains one side; returns its loss on every test row, and what it took."""
+    import torch
+
+    from loratune import api
+    from loratune.train.config import load_run_config
+
+    torch.set_num_threads(options.threads)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    given: dict[str, Any] = {
+        "model": options.model, "output": str(folder / name), "data.train": str(folder / "train.jsonl"),
+        "data.validation": str(folder / "held.jsonl"), "train.epochs": 1000.0, "train.max_steps": options.steps,
+        "train.eval_every": options.steps, "train.seed": options.seed, "train.learning_rate": options.learning_rate,
+        "adapter.preset": None if name == "ladder" else name,
+    }  # fmt: skip
+    events: list[dict[str, Any]] = []
+    result = api.run(load_run_config(None, given, ladder=name == "ladder"), events.append)
+    memory = max(event["memory_bytes"] for event in events if "memory_bytes" in event)
+    found = {"seconds": result.seconds, "memory_bytes": memory, **test(options.model, folder, name)}
+    if name == "ladder":
+        found["record"] = json.loads((folder / name / "ladder.json").read_text("utf-8"))
+    return found
+
+
+def test(model_name: str, folder: Path, name: str) -> dict[str, list[float]]:
+    """Evaluates the adapter that a side has kept, and the base model, on the test rows."""
+    from loratune.adapter.attach import load_adapter
+    from loratune.data.dataset import load_dataset
+    from loratune.data.encode import Encoder
+    from loratune.evaluate.loss import evaluate
+    from loratune.ladder.plan import split_held_out
+    from loratune.model.causal import CausalModel
+    from loratune.model.load import load_model
+
+    model, tokenizer = load_model(model_name)
+    held_out = load_dataset(folder / "held.jsonl", Encoder(tokenizer, None))
+    rows = split_held_out(held_out, len(held_out))[1]
+    attached, causal = load_adapter(model, folder / name / "adapter"), CausalModel(model)
+    tuned = evaluate(causal, rows.documents, 2048)
+    with attached.disabled():
+        base = evaluate(causal, rows.documents, 2048)
+    return {
+        "losses": list(tuned.document_losses), "base": list(base.document_losses),
+        "labels": list(tuned.document_labels),
+    }  # fmt: skip
+
+
+def report(options: argparse.Namespace, sides: dict[str, dict[str, Any]]) -> str:
+    """Returns the comparison as Markdown."""
+    from loratune.evaluate.interval import bootstrap_ratio
+
+    ours, labels = sides["ladder"], sides["ladder"]["labels"]
+    rows = ["| side | test loss (95%) | ladder less it, by row (95%) | seconds | memory |", "|---" * 5 + "|"]
+    base = bootstrap_ratio(ours["base"], labels)
+    rows.append(f"| base model | {base.value:.4f} ({base.low:.4f} to {base.high:.4f}) | | | |")
+    for name, found in sides.items():
+        own = bootstrap_ratio(found["losses"], labels)
+        less = bootstrap_ratio([a - b for a, b in zip(ours["losses"], found["losses"])], labels)
+        against = "" if found is ours else f"{less.value:+.4f} ({less.low:+.4f} to {less.high:+.4f})"
+        rows.append(
+            f"| {name} | {own.value:.4f} ({own.low:.4f} to {own.high:.4f}) | {against} | {found['seconds']:.0f} | "
+            f"{found['memory_bytes'] / 1e9:.2f} GB |"
+        )
+    record, cost = ours["record"], ours["seconds"] / sides[RUNGS[-1]]["seconds"]
+    decisions = [f"- step {each['step']}: {each['why']}" for each in record["decisions"]]
+    about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    kept = "within" if cost <= MAX_COST else "ABOVE"
+    return "\n".join(
+        [
+            f"# The ladder: {options.name}", "",
+            f"{options.model}, {options.steps} steps of 8 rows, seed {options.seed}, {len(labels)} test rows that no "
+            f"decision saw. {about}.", "", *rows, "",
+            f"The ladder took {cost:.2f} times the seconds of {RUNGS[-1]} alone, {kept} the {MAX_COST} allowed; beside "
+            f"the {record['steps']} steps of its path it trained {record['overhead_steps']}.",
+            "", f"Chosen: {record['chosen']}.", "", *decisions, "",
+        ]
+    )  # fmt: skip
+
+
+def main(options: argparse.Namespace) -> None:
+    """Runs what is missing, side by side, and writes the comparison."""
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "held.jsonl").exists():
+        write_rows(folder, options.rows, options.held_out)
+    for name in SIDES:
+        if (folder / f"{name}.json").exists():
+            continue
+        if not options.now:
+            wait_until_idle()
+        subprocess.run([sys.executable, *sys.argv, "--side", name], check=True)
+        print(f"{time.strftime('%H:%M')} {name}: done", flush=True)
+    sides = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in SIDES}
+    results = HERE / "ladder"
+    results.mkdir(exist_ok=True)
+    stored = {"machine": machine(), "options": {**vars(options), "folder": None}, "sides": sides}
+    (results / f"{options.name}.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (results / f"{options.name}.md").write_text(report(options, sides), "utf-8")
+    shutil.copy(folder / "ladder" / "report.html", results / f"{options.name}.html")
+    print((results / f"{options.name}.md").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default=MODELS["gemma"])
+    parser.add_argument("--name", default="ua_gec")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-ladder"), metavar="DIR")
+    parser.add_argument("--rows", type=int, default=2400)
+    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, help="default: the one of loratune")
+    parser.add_argument(
+        "--now", action="store_true", help="do not wait until the machine is idle: no timings to report"
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.side:
+        side = run_side(chosen, chosen.folder, chosen.side)
+        (chosen.folder / f"{chosen.side}.json").write_text(json.dumps(side), "utf-8")
+    else:
+        main(chosen)

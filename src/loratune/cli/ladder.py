@@ -1,0 +1,91 @@
+"""`loratune ladder`: a run that begins with the basic adapter and climbs only as far as the data pays for."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loratune.cli import train as plain
+from loratune.cli.options import mapping
+from loratune.errors import ConfigError
+
+# What the rungs set, and what has no meaning where a run grows.
+_NOT_HERE = ("preset", "r", "lora_alpha", "target_modules", "patience", "verify_resume")
+_KEYS = {name: key for name, key in plain.KEYS.items() if name not in _NOT_HERE}
+_PRICES = ("doubling", "second", "gb")
+
+
+def ladder(
+    context: typer.Context,
+    config: Path | None,
+    rungs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", show_default=False, rich_help_panel="Ladder",
+            help="From the lowest: presets, with a rank if not their own: fast,fast:16,expert "
+            "(default: fast,quality,expert).",
+        ),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NATS", show_default=False, rich_help_panel="Ladder",
+            help="What a climb must lower the held-out loss by, for each doubling of the parameters, second per step, "
+            "gb of memory: doubling=0.01 (default: any real gain will do).",
+        ),
+    ] = None,
+    **shared: Any,
+) -> int:  # fmt: skip
+    """Start basic, then climb: train the lowest rung, and a richer one only where a paired trial shows that it pays.
+
+    A climb keeps what was learnt. Held-out rows decide, others test the result. Ctrl-C saves, and --resume goes on.
+    """
+    given = {key: shared[name] for name, key in _KEYS.items() if shared[name] is not None}
+    if shared["column"]:
+        given["data.columns"] = mapping(shared["column"], "--column", "prompt=question_text")
+    if rungs is not None:
+        given["ladder.rungs"] = [name.strip() for name in rungs.split(",")]
+    if price:
+        given["ladder.price"] = _prices(price)
+    as_json, allow_changed = shared["as_json"], shared["allow_changed"]
+    if shared["resume"] is not None:
+        return plain._resume(shared["resume"], config, given, as_json, allow_changed=allow_changed, verify=False)
+    if allow_changed:
+        raise ConfigError("--allow-changed belongs to --resume RUN, which is not given.")
+    from loratune.train.config import load_run_config
+
+    resolved = load_run_config(config, given, ladder=True)  # before anything heavy: a wrong key is answered at once
+    from loratune import api
+    from loratune.cli.panel import Panel, exit_code
+
+    with Panel(resolved.config.output, as_json=as_json) as panel:
+        result = api.run(resolved, panel)
+    return exit_code(result)
+
+
+def _prices(pairs: list[str]) -> dict[str, float]:
+    prices: dict[str, float] = {}
+    for name, text in mapping(pairs, "--price", "doubling=0.01").items():
+        try:
+            prices[name] = float(text)
+        except ValueError:
+            raise ConfigError(f"--price {name}={text}: expected a number of nats, such as {name}=0.01.") from None
+        if name not in _PRICES:
+            raise ConfigError(f"--price {name}={text}: unknown; expected {', '.join(_PRICES)}.")
+    return prices
+
+
+def _with_options_of_train() -> None:
+    """Gives this verb the options that mean here what they mean for `train`: they are the same objects."""
+    own = inspect.signature(ladder).parameters
+    of_train = inspect.signature(plain.train).parameters
+    taken = {name: each for name, each in of_train.items() if name not in _NOT_HERE}
+    both = {**taken, **{name: each for name, each in own.items() if name in ("rungs", "price")}}
+    ladder.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in both.values()], return_annotation=int
+    )
+    ladder.__annotations__ = {name: each.annotation for name, each in both.items()} | {"return": int}
+
+
+_with_options_of_train()

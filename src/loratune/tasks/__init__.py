@@ -1,0 +1,1 @@
+"""Every task but continuing text: rows with labels, the head and its loss, predictions and figures."""
