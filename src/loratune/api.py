@@ -12,10 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loratune import files, outputs
 from loratune.adapter import peft_format
 from loratune.adapter.attach import Attached, attach, attached_to, load_adapter
-from loratune.adapter.summary import coverage
-from loratune.data.encode import Encoder
 from loratune.errors import ConfigError
-from loratune.evaluate.loss import Evaluation, evaluate
+from loratune.evaluate.loss import Evaluation
 from loratune.evaluate.samples import Sample, sample
 from loratune.export.consumers import check
 from loratune.export.convert import convert
@@ -23,28 +21,24 @@ from loratune.export.merged import export_merged
 from loratune.ladder import climb
 from loratune.ladder.record import LADDER, record
 from loratune.language import language as system_language
-from loratune.model import heads
-from loratune.model.causal import CausalModel
-from loratune.model.gguf import cache_root
 from loratune.model.load import load_model
 from loratune.plan import plan as planning
 from loratune.plan.estimate import attached_skeleton, subject_of
 from loratune.plan.measure import measure as measure_steps
 from loratune.plan.plan import Plan
+from loratune.prepare import begin_ladder, check_coverage, load, notifier, prepare
 from loratune.report import adapters as adapter_reports
 from loratune.report import figures
 from loratune.report.ladder_texts import verdict, why
 from loratune.report.run_page import run_page
-from loratune.tasks.evaluation import evaluate_task, task_samples
+from loratune.tasks import labels
+from loratune.tasks.evaluation import task_samples
 from loratune.tasks.model import TaskModel
-from loratune.tasks.table import find_labels, task_of, with_head
-from loratune.tasks.task import Task
+from loratune.tasks.table import TASKS, find_labels
 from loratune.train import checkpoint, identity, loop, replay
-from loratune.train.config import ResolvedConfig, RunConfig, adapter_overrides, dump, load_run_config
-from loratune.train.datasets import LEDGER, check_ids, ledger_lines, load_datasets
+from loratune.train.config import ResolvedConfig, adapter_overrides, dump, load_run_config
+from loratune.train.datasets import LEDGER, ledger_lines
 from loratune.train.loop import OnEvent, Run
-from loratune.train.optim import Optimizer
-from loratune.train.rehearsal import rehearse
 from loratune.train.signals import stop_on_signals
 
 __all__ = [
@@ -89,7 +83,7 @@ def run(resolved: ResolvedConfig, on_event: OnEvent = _quiet) -> RunResult:
     config = resolved.config
     output = Path(config.output)
     check_output(output)
-    return _start(*_load(config, _notifier(on_event)), resolved, output, on_event)
+    return _start(*load(config, notifier(on_event)), resolved, output, on_event)
 
 
 def plan(
@@ -100,21 +94,21 @@ def plan(
     An estimate from shapes and rows alone, then, where it says that the run fits, real steps on the loaded model.
     Nothing is written. memory: bytes that the process may take, instead of what is free now. Raises as `run` does.
     """
-    config, notify = resolved.config, _once(_notifier(on_event))
+    config, notify = resolved.config, _once(notifier(on_event))
     if config.adapter.task_type != "CAUSAL_LM":
         raise ConfigError(
             f"plan knows the costs of CAUSAL_LM only, not of {config.adapter.task_type}; train it as it is."
         )
     subject = subject_of(config, notify)
     with attached_skeleton(subject, config) as attached:
-        _check_coverage(attached, config.train.allow_uneven)
+        check_coverage(attached, config.train.allow_uneven)
     made = planning.draft(subject, config, memory)
     if not (measure and made.fits):
         return made
     notify("measuring: the largest step of the run, then a usual one")
     started = time.perf_counter()
-    attached, tokenizer = _load(config, notify)
-    state = _prepare(attached, tokenizer, config, Path(config.output), _notices_only(notify))
+    attached, tokenizer = load(config, notify)
+    state = prepare(attached, tokenizer, config, Path(config.output), _notices_only(notify))
     try:
         measured = measure_steps(state, tokenizer, made.estimate.work, time.perf_counter() - started)
     finally:
@@ -140,16 +134,6 @@ def _notices_only(notify: Callable[[str], None]) -> OnEvent:
             notify(event["message"])
 
     return on_event
-
-
-def _load(config: RunConfig, notify: Callable[[str], None]) -> tuple[Attached, PreTrainedTokenizerBase]:
-    lora = config.adapter.to_lora_config()  # what is wrong with it is said before a model is loaded
-    task_type, data = lora.task_type or "CAUSAL_LM", config.data
-    labels = find_labels(task_type, data.specs, data.format, data.columns)
-    model, tokenizer = load_model(
-        config.model, task_type=task_type, labels=labels.names, problem=labels.problem, notify=notify
-    )
-    return attach(model, with_head(lora, model), seed=config.train.seed), tokenizer
 
 
 def train(
@@ -188,6 +172,9 @@ def train(
         "data.cache": cache,
     }
     resolved = load_run_config(None, overrides | adapter_overrides(attached.config), caller="loratune.train")
+    rows, task_type = resolved.config.data, attached.config.task_type
+    if task_type in TASKS:
+        labels.fit(model.config, find_labels(task_type, rows.specs, rows.format, rows.columns))
     return _start(attached, tokenizer, resolved, Path(output), on_event)
 
 
@@ -204,24 +191,24 @@ def resume(
     """
     output = Path(run_dir)
     resolved = _configuration_of(output)
-    notify = _notifier(on_event)
+    notify = notifier(on_event)
     with files.locked(output):
         if not checkpoint.folders(output) and not (output / "adapter").exists():
             notify(f"{output} has no checkpoint yet: beginning at step 0")
-            return _start(*_load(resolved.config, notify), resolved, output, on_event, again=True)
+            return _start(*load(resolved.config, notify), resolved, output, on_event, again=True)
         return _resume(resolved, output, on_event, allow_changed=allow_changed, verify=verify)
 
 
 def _resume(
     resolved: ResolvedConfig, output: Path, on_event: OnEvent, *, allow_changed: bool, verify: bool
 ) -> RunResult:
-    notify = _notifier(on_event)
+    notify = notifier(on_event)
     saved, skipped = checkpoint.newest(output)
     for reason in skipped:
         notify(f"skipped: {reason}")
-    attached, tokenizer = _load(resolved.config, notify)
-    state = _prepare(attached, tokenizer, resolved.config, output, on_event)
-    _begin_ladder(state, resolved.config)
+    attached, tokenizer = load(resolved.config, notify)
+    state = prepare(attached, tokenizer, resolved.config, output, on_event)
+    begin_ladder(state, resolved.config)
     changed = identity.check(saved, state.identity, allow=allow_changed)
     if verify and state.guide is not None:
         raise ConfigError("the steps of a ladder cannot be verified: a trial may lie between. Resume without it.")
@@ -278,11 +265,11 @@ def _start(
 ) -> RunResult:
     """Begins a run; `again`, in the locked directory of one that ended before its first checkpoint."""
     config = resolved.config
-    _check_coverage(attached, config.train.allow_uneven)
+    check_coverage(attached, config.train.allow_uneven)
     on_event({"event": "summary", "text": attached.summary(), "trainable": attached.adapter.num_parameters()})
-    state = _prepare(attached, tokenizer, config, output, on_event)
+    state = prepare(attached, tokenizer, config, output, on_event)
     ledger = ledger_lines(state.train, state.validation)  # of all the rows, before a ladder sets some apart
-    _begin_ladder(state, config)
+    begin_ladder(state, config)
     if again:
         return _finish(state, tokenizer, on_event, before=0)
     with files.staged_directory(output) as staging:
@@ -292,47 +279,6 @@ def _start(
         return _finish(state, tokenizer, on_event, before=0)
 
 
-def _prepare(
-    attached: Attached, tokenizer: PreTrainedTokenizerBase, config: RunConfig, output: Path, on_event: OnEvent
-) -> Run:
-    """Makes everything a run needs, and writes nothing."""
-    model: Any = attached.model
-    data = config.data
-    task = _task(attached, tokenizer, config)
-    num_ids = model.get_input_embeddings().num_embeddings
-    encoder = task or Encoder(
-        tokenizer, _context_length(model), train_on=data.train_on, long=data.long, num_ids=num_ids
-    )
-    training, validation = load_datasets(data, encoder, cache_root() / "tokens", _notifier(on_event))
-    if task is not None:
-        task.check(training.documents, training.sources)
-    check_ids(num_ids, training, validation)
-    causal = TaskModel(model, task) if task else CausalModel(model, recompute=config.train.recompute)
-    for note in causal.notes:
-        on_event({"event": "notice", "message": note})
-    state = Run(
-        output=output,
-        config=config.train,
-        causal=causal,
-        attached=attached,
-        optimizer=Optimizer(attached.adapter, config.train),
-        train=training,
-        validation=validation,
-        identity=identity.identity(attached, tokenizer, config, training, validation)
-        | ({"ladder": config.ladder.model_dump()} if config.ladder else {}),
-        on_event=on_event,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        evaluate=evaluate_task if task else evaluate,
-    )
-    rehearse(state)
-    return state
-
-
-def _begin_ladder(state: Run, config: RunConfig) -> None:
-    if config.ladder is not None:
-        climb.begin(state, config.ladder)
-
-
 def _ladder_record(state: Run) -> dict[str, Any] | None:
     """Returns what a climb that has ended came to, with every decision's reason in words; None for another run."""
     if not (isinstance(state.guide, climb.Climb) and state.is_over):
@@ -340,18 +286,6 @@ def _ladder_record(state: Run) -> dict[str, Any] | None:
     found = record(state, state.guide)
     decisions = [{**each, "why": why(each)} for each in found["decisions"]]
     return {**found, "decisions": decisions, "verdict": verdict(found)}
-
-
-def _task(attached: Attached, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Task | None:
-    """Returns the task of a run with its head begun, or None for a run that continues text."""
-    data = config.data
-    labels = find_labels(attached.config.task_type, data.specs, data.format, data.columns)
-    task = task_of(
-        attached.config.task_type, attached.model, tokenizer, labels, long=data.long, train_on=data.train_on,
-        batch_size=config.train.batch_size,
-    )  # fmt: skip
-    heads.begin(attached.model, attached.adapter.saved, config.train.seed)
-    return task
 
 
 def _samples(state: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[Sample, ...]:
@@ -459,22 +393,3 @@ def check_output(output: Path) -> None:
             f"the output directory {output} exists already. Choose another name, or continue it: "
             f"loratune train --resume {output}"
         )
-
-
-def _check_coverage(attached: Attached, allow_uneven: bool) -> None:
-    uneven = coverage(attached.model, attached.adapter).uneven
-    chosen = attached.config.layers_to_transform
-    if uneven and not allow_uneven and not chosen:
-        raise ConfigError(
-            f"the targets adapt {', '.join(uneven)} in some layers only:\n{attached.summary()}\n"
-            "If that is meant, set allow_uneven: true (--allow-uneven)."
-        )
-
-
-def _context_length(model: Any) -> int | None:
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
-def _notifier(on_event: OnEvent) -> Callable[[str], None]:
-    return lambda message: on_event({"event": "notice", "message": message})

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune import files
 from loratune.adapter import peft_format
+from loratune.adapter.config import ABOUT
 from loratune.evaluate.samples import Sample
 from loratune.model import embedded
 from loratune.report.run_files import EVALUATIONS, SAMPLES, RunFiles
@@ -15,8 +16,6 @@ from loratune.tasks.model import TaskModel
 from loratune.tasks.table import card
 from loratune.train import loop
 from loratune.train.loop import Run
-
-ABOUT = "loratune.json"
 
 
 def write_evaluations(state: Run) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from loratune.cli.options import adapter_folder, base_model_of, show_report
-from loratune.cli.train import KEYS, _targets
+from loratune.cli.train import KEYS, targets_of
 from loratune.errors import AdapterError, ConfigError
 from loratune.train.config import flag_of
 
@@ -100,4 +100,4 @@ def test_every_option_of_train_names_its_own_flag() -> None:
     ],
 )
 def test_targets_on_the_command_line(text: str, targets: str | list[str]) -> None:
-    assert _targets(text) == targets
+    assert targets_of(text) == targets

@@ -26,14 +26,14 @@ CASES: dict[str, tuple[str, Any]] = {
 }
 
 
-def trained(folder: Path, task_type: str, family: str, rows: Any) -> Path:
+def trained(folder: Path, task_type: str, family: str, rows: Any, rate: float = 1e-2) -> Path:
     overrides = {
         "model": str(save_model(folder / "base", family)),
         "data.train": str(write(folder / "rows.jsonl", rows(60))),
         "output": str(folder / "run"),
         "adapter.task_type": task_type,
         "train.max_steps": 3,
-        "train.learning_rate": 1e-2,
+        "train.learning_rate": rate,
     }
     api.run(load_run_config(None, overrides))
     return folder / "run"
@@ -74,3 +74,15 @@ def test_sentence_transformers_loads_merged_vectors(tmp_path: Path) -> None:
     states = model(**inputs).last_hidden_state
     expected = ((states * mask).sum(1) / mask.sum(1)).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_rounding_terms_and_the_wish_to_accept_are_heeded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path, "FEATURE_EXTRACTION", "bert", alike, rate=1e-4)  # an update that bfloat16 cannot hold
+    (tmp_path / "base" / "LICENSE").write_text("terms of the base")
+    words = f"export {run} --to merged --output {tmp_path / 'merged'} --dtype bfloat16"
+    assert command(words.split()) == 1
+    assert "of the update" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+    assert command([*words.split(), "--accept-loss"]) == 0
+    assert (tmp_path / "merged" / "LICENSE").read_text() == "terms of the base"
+    report = api.export_merged(run / "adapter", tmp_path / "exact")
+    assert report["loss_share"] == 0.0 and report["bytes"] > 0

@@ -12,6 +12,7 @@ from loratune.errors import ConfigError
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")
+ABOUT = "loratune.json"  # beside a run's adapter: what PEFT's two files have no place for
 INIT_NAMES = ("gaussian", "orthogonal", "pissa", "olora")
 
 # PEFT's defaults where ours differ: a file that lacks the field means PEFT's value.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loratune.adapter.config import ABOUT
 from loratune.cli.options import (
     AsJson,
     BaseModelName,
@@ -89,7 +90,7 @@ class Pair:
 
 def _load(folder: Path, name: str, raw: bool, system: str | None, max_new_tokens: int) -> Pair:
     """Loads both models; what the adapter was trained on (loratune.json) says what is sent."""
-    record = folder / "loratune.json"
+    record = folder / ABOUT
     kind = read_record(record).get("data_kind") if record.is_file() else None
     if system and (raw or kind in ("prompt_completion", "text")):
         raise ConfigError("--system needs an adapter of chat messages, and no --raw: plain text has no system message.")

@@ -1,13 +1,12 @@
 """`loratune ladder`: a run that begins with the basic adapter and climbs only as far as the data pays for."""
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from loratune.cli import train as plain
-from loratune.cli.options import mapping
+from loratune.cli.options import borrow_options, mapping
 from loratune.errors import ConfigError
 
 # What the rungs set, and what has no meaning where a run grows.
@@ -50,7 +49,7 @@ def ladder(
         given["ladder.price"] = _prices(price)
     as_json, allow_changed = shared["as_json"], shared["allow_changed"]
     if shared["resume"] is not None:
-        return plain._resume(shared["resume"], config, given, as_json, allow_changed=allow_changed, verify=False)
+        return plain.resume_run(shared["resume"], config, given, as_json, allow_changed=allow_changed, verify=False)
     if allow_changed:
         raise ConfigError("--allow-changed belongs to --resume RUN, which is not given.")
     from loratune.train.config import load_run_config
@@ -76,16 +75,4 @@ def _prices(pairs: list[str]) -> dict[str, float]:
     return prices
 
 
-def _with_options_of_train() -> None:
-    """Gives this verb the options that mean here what they mean for `train`: they are the same objects."""
-    own = inspect.signature(ladder).parameters
-    of_train = inspect.signature(plain.train).parameters
-    taken = {name: each for name, each in of_train.items() if name not in _NOT_HERE}
-    both = {**taken, **{name: each for name, each in own.items() if name in ("rungs", "price")}}
-    ladder.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in both.values()], return_annotation=int
-    )
-    ladder.__annotations__ = {name: each.annotation for name, each in both.items()} | {"return": int}
-
-
-_with_options_of_train()
+borrow_options(ladder, plain.train, without=_NOT_HERE)

@@ -1,7 +1,8 @@
 """What several verbs share: options with one meaning, where an adapter lies, and how a report is shown."""
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,3 +146,18 @@ def _words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_words(item)}" for key, item in value.items()) or "-"
     return str(value)
+
+
+def borrow_options(verb: Callable[..., Any], lender: Callable[..., Any], without: Collection[str] = ()) -> None:
+    """Gives a verb, beside its own options, those of another that mean the same there: they are the same objects.
+
+    The verb takes `context` and `config` as the lender declares them, and what it does not name itself as **kwargs.
+    """
+    own = inspect.signature(verb).parameters
+    lent = {name: each for name, each in inspect.signature(lender).parameters.items() if name not in without}
+    named = {name: each for name, each in own.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    both = lent | {name: each for name, each in named.items() if name not in ("context", "config")}
+    verb.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in both.values()], return_annotation=int
+    )
+    verb.__annotations__ = {name: each.annotation for name, each in both.items()} | {"return": int}

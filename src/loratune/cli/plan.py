@@ -1,6 +1,5 @@
 """`loratune plan`: what a run will take on this machine, before it runs; takes the flags of `loratune train`."""
 
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune.cli.options import print_json
-from loratune.cli.train import KEYS, _targets, mapping, train
+from loratune.cli.options import borrow_options, mapping, print_json
+from loratune.cli.train import KEYS, targets_of, train
 from loratune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from loratune.plan.verdict import Change
 
 DOES_NOT_FIT = 1
-_OF_TRAIN = ("context", "config")  # declared there
 _OF_RUNS = ("resume", "allow_changed", "verify_resume")  # flags of train that go on with a run
 _YAML = (".yaml", ".yml")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -50,7 +48,7 @@ def plan(
     if shared["column"]:
         given["data.columns"] = mapping(shared["column"], "--column", "prompt=question_text")
     if shared["target_modules"] is not None:
-        given["adapter.target_modules"] = _targets(shared["target_modules"])
+        given["adapter.target_modules"] = targets_of(shared["target_modules"])
     file = Path(output) if output is not None and output.lower().endswith(_YAML) else None
     if file is None and output is not None:
         given["output"] = output
@@ -83,18 +81,7 @@ def plan(
     return 0 if made.fits else DOES_NOT_FIT
 
 
-def _with_options_of_train() -> None:
-    """Gives this verb the options that mean here what they mean for `train`: they are the same objects."""
-    own = {name: each for name, each in inspect.signature(plan).parameters.items() if name not in _OF_TRAIN}
-    theirs = {name: each for name, each in inspect.signature(train).parameters.items() if name not in _OF_RUNS}
-    both = theirs | {name: each for name, each in own.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
-    plan.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in both.values()], return_annotation=int
-    )
-    plan.__annotations__ = {name: each.annotation for name, each in both.items()} | {"return": int}
-
-
-_with_options_of_train()
+borrow_options(plan, train, without=_OF_RUNS)
 
 
 def parse_bytes(text: str) -> int:

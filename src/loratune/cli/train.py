@@ -108,11 +108,11 @@ def train(
     if column:
         given["data.columns"] = mapping(column, "--column", "prompt=question_text")
     if resume is not None:
-        return _resume(resume, config, given, as_json, allow_changed=allow_changed, verify=verify_resume)
+        return resume_run(resume, config, given, as_json, allow_changed=allow_changed, verify=verify_resume)
     if allow_changed or verify_resume:
         raise ConfigError("--allow-changed and --verify-resume belong to --resume RUN, which is not given.")
     if target_modules is not None:
-        given["adapter.target_modules"] = _targets(target_modules)
+        given["adapter.target_modules"] = targets_of(target_modules)
     from loratune.train.config import load_run_config
 
     resolved = load_run_config(config, given)  # before anything heavy: a wrong key is answered at once
@@ -124,7 +124,8 @@ def train(
     return exit_code(result)
 
 
-def _resume(run: Path, config: Path | None, given: dict[str, Any], as_json: bool, **how: bool) -> int:
+def resume_run(run: Path, config: Path | None, given: dict[str, Any], as_json: bool, **how: bool) -> int:
+    """Takes a run up again from the command line; ConfigError for settings, which the run has already."""
     from loratune.train.config import flag_of
 
     extra = ([str(config)] if config else []) + [flag_of(key) for key in given]
@@ -142,7 +143,7 @@ def _resume(run: Path, config: Path | None, given: dict[str, Any], as_json: bool
     return exit_code(result)
 
 
-def _targets(text: str) -> str | list[str]:
+def targets_of(text: str) -> str | list[str]:
     """Returns a preset's name or "all-linear" as it is, else the names between the commas."""
     from typing import get_args
 

@@ -48,6 +48,10 @@ class Runner(Protocol):
         """Returns (the sum of the batch's losses, differentiable; each loss, (n,) detached)."""
         ...
 
+    def own_losses(self, documents: Sequence[Document]) -> list[float] | None:
+        """Returns the sum of each document's losses as the model itself computes it, alone; None where it does not."""
+        ...
+
     def close(self) -> None:
         """Gives the model back as it was."""
         ...

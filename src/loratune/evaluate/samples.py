@@ -30,7 +30,7 @@ def sample(
 ) -> tuple[Sample, ...]:
     """Returns the model's greedy answers to the first documents' prompts, cut a little after the reference's length."""
     chosen = documents[:num_samples]
-    cuts = [_prompt_length(document) for document in chosen]
+    cuts = [prompt_length(document) for document in chosen]
     prompts = [document.input_ids[:cut].tolist() for document, cut in zip(chosen, cuts, strict=True)]
     references = [document.input_ids[cut:].tolist() for document, cut in zip(chosen, cuts, strict=True)]
     longest = max(len(reference) for reference in references)
@@ -47,7 +47,7 @@ def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
     return 128 if positions is None else positions - max(map(len, prompts))
 
 
-def _prompt_length(document: Document) -> int:
+def prompt_length(document: Document) -> int:
     """Up to the first trained token; of a plain text, where everything is trained, its first tokens."""
     first = int(np.flatnonzero(document.trained)[0])
     return first if first > 1 else min(_TEXT_PROMPT_TOKENS, max(1, document.num_tokens // 2))

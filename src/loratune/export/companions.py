@@ -30,6 +30,11 @@ def write(folder: Path, source: Source, adapter: Path, *, untied: bool, dtype: s
     tokenizer = adapter if any((adapter / name).is_file() for name in _VOCABULARIES) else source.path
     _copy(folder, (tokenizer / name for name in _TOKENIZER))
     _copy(folder, (source.path / name for name in _SETTINGS))
+    write_terms(folder, source, adapter)
+
+
+def write_terms(folder: Path, source: Source, adapter: Path) -> None:
+    """Copies the terms of base and adapter, and says in NOTICE, where there is one, that the weights were modified."""
     _copy(folder, [*_terms_in(source.path), *_terms_in(adapter)])
     if not _terms_in(folder):
         _copy(folder, embedded.terms_files(source.name))

@@ -18,19 +18,18 @@ from loratune.adapter.adapter import Adapter
 from loratune.adapter.merge import Loss, added
 from loratune.errors import ConfigError, ExportError
 from loratune.export import companions, probe
+from loratune.export.loss import MAX_LOSS, loss_report
 from loratune.export.plan import Group, Operation, Plan, make_plan
+from loratune.export.task import export_task, require_space
 from loratune.export.tensors import FLOATS, Entry, shard_names, write_file, write_index
 from loratune.model.load import Source, resolve
-from loratune.tasks.merge import export_task
 from loratune.tasks.table import TASKS
 
 Notify = Callable[[str], None]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REPORT = "merge.json"
-MAX_LOSS = 0.05  # of the update: a merge to bfloat16 can lose a third of one that is small beside its weight
 SHARD_BYTES = 5_000_000_000  # transformers' 50 GB is more than most file systems and links take kindly
-_NUM_WORST = 5
 
 
 def export_merged(
@@ -55,7 +54,9 @@ def export_merged(
     say = notify or _silent
     value = peft_format.read(adapter)
     if value.config.task_type in TASKS:  # with a head that the base's files lack: merged in memory
-        return export_task(adapter, output, model=model, dtype=dtype, dry_run=dry_run, notify=notify)
+        return export_task(
+            adapter, output, model=model, dtype=dtype, accept_loss=accept_loss, dry_run=dry_run, notify=notify
+        )
     name = model or value.config.base_model_name_or_path
     if not name:
         raise ConfigError(f"{adapter / peft_format.CONFIG} names no base model. Give it with --model.")
@@ -64,13 +65,13 @@ def export_merged(
     report = _outline(adapter, output, source, plan, dtype)
     if dry_run:
         return report | {"changes": [each.to_json() for each in plan.operations if each.kind != "copy"]}
-    _require_space(output, plan)
+    require_space(output, plan.num_bytes)
     task = value.config.task_type or "CAUSAL_LM"
     say(f"computing what {source.name} gives with the adapter attached, to compare with")
     wanted = probe.expected(name, value, task)
     with files.staged_directory(output) as staging:
         losses = _write_weights(plan, wanted.adapter, staging, say)
-        report |= _loss_report(losses, accept_loss)
+        report |= loss_report(losses, accept_loss)
         companions.write(staging, source, adapter, untied=bool(plan.untied), dtype=dtype)
         say("comparing the merged model with it")
         only_update = dtype is None and report["loss_share"] <= MAX_LOSS
@@ -91,15 +92,6 @@ def _check(output: Path, dtype: str | None) -> None:
         raise ConfigError(f"dtype {dtype!r} is not known; expected one of {', '.join(DTYPES)}.")
 
 
-def _require_space(output: Path, plan: Plan) -> None:
-    free = files.free_bytes(output)
-    if free < plan.num_bytes:
-        raise ConfigError(
-            f"the merged model needs {plan.num_bytes / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free at {output}."
-            " Choose another place, or a smaller --dtype."
-        )
-
-
 def _coarsest(plan: Plan) -> torch.dtype:
     """Returns, of the types that something was rounded to, the one that moves the logits most."""
     rounded = [each for each in plan.operations if each.is_rounded]
@@ -117,19 +109,6 @@ def _outline(adapter: Path, output: Path, source: Source, plan: Plan, dtype: str
         "operations": plan.counts(),
         "untied": list(plan.untied),
     }
-
-
-def _loss_report(losses: dict[str, Loss], accept_loss: bool) -> dict[str, Any]:
-    total = sum(losses.values(), Loss())
-    worst = sorted(losses, key=lambda name: losses[name].share, reverse=True)[:_NUM_WORST]
-    if total.share > MAX_LOSS and not accept_loss:
-        raise ExportError(
-            f"rounding would lose {total.share:.1%} of the update (limit {MAX_LOSS:.0%}; most in {worst[0]}: "
-            f"{losses[worst[0]].share:.1%}). Nothing was written. Use --dtype float32, or --accept-loss to write it "
-            "all the same."
-        )
-    shares = [{"tensor": name, "loss_share": losses[name].share} for name in worst]
-    return {"loss_share": total.share, "worst_losses": shares}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 from loratune import files
 from loratune.adapter import peft_format
 from loratune.adapter.attach import attach
+from loratune.adapter.merge import Loss
 from loratune.errors import ConfigError, ExportError
+from loratune.export import companions
+from loratune.export.loss import loss_report
 from loratune.model import heads
 from loratune.model.load import DTYPES, Notify, load_model, no_progress_bar, resolve
 from loratune.tasks.embed import POOLING, pooling_of
@@ -26,37 +29,66 @@ def export_task(
     *,
     model: str | None = None,
     dtype: str | None = None,
+    accept_loss: bool = False,
     dry_run: bool = False,
     notify: Notify | None = None,
 ) -> dict[str, Any]:
     """Writes the base with an adapter merged and its head in place; returns what was written and how far it differs.
 
     Raises ConfigError for an unknown base, AdapterError for an adapter that does not fit,
-    ExportError where what is loaded back computes something else; nothing is left behind then.
+    ExportError where rounding loses over 5% of the update (unless `accept_loss`) or what is loaded back computes
+    something else; nothing is left behind then.
     """
     value = peft_format.read(adapter)
     task_type, name = value.config.task_type or "", model or value.config.base_model_name_or_path
     if not name:
         raise ConfigError(f"{adapter / peft_format.CONFIG} names no base model. Give it with --model.")
     labels = labels_beside(adapter)
-    base, tokenizer = load_model(name, task_type=task_type, labels=labels.names, problem=labels.problem, notify=notify)
+    base, tokenizer = load_model(
+        name, task_type=task_type, labels=labels.names, problem=labels.problem, dtype="float32", notify=notify
+    )
+    plain = dict(base.named_parameters())
     attached = attach(base, value)
     attached.train_mode(False)
     report: dict[str, Any] = {"output": str(output), "task": task_type, "base": name, "labels": list(labels.names)}
+    wish = DTYPES[dtype] if dtype is not None else None
+    kind = wish if isinstance(wish, torch.dtype) else None  # "auto": as loaded
+    report["bytes"] = sum(each.numel() * (kind or each.dtype).itemsize for each in plain.values())
     if dry_run:
         return report
+    require_space(output, report["bytes"])
     wanted = _outputs(base)
     merged: Any = attached.merge()
-    if dtype is not None:
-        merged.to(DTYPES[dtype])
+    changed = {path: each.detach() for path, each in merged.named_parameters() if each is not plain.get(path)}
+    if kind is not None:
+        merged.to(kind)
+    losses = {path: _lost(merged.get_parameter(path), exact, plain.get(path)) for path, exact in changed.items()}
+    report |= loss_report(losses, accept_loss)
     with files.staged_directory(output) as staging:
         with no_progress_bar():
             merged.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         if task_type == "FEATURE_EXTRACTION":
             write_sentence_files(staging, name, merged.config.hidden_size)
+        companions.write_terms(staging, resolve(name), adapter)
         report["difference"] = _verified(staging, task_type, wanted)
     return report
+
+
+def require_space(output: Path, num_bytes: int) -> None:
+    """Raises ConfigError unless there is room for a merged model."""
+    free = files.free_bytes(output)
+    if free < num_bytes:
+        raise ConfigError(
+            f"the merged model needs {num_bytes / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free at {output}."
+            " Choose another place, or a smaller --dtype."
+        )
+
+
+@torch.no_grad()
+def _lost(rounded: Tensor, exact: Tensor, before: Tensor | None) -> Loss:
+    """Returns what rounding lost of the change of one tensor; of one that is new, all of it is the change."""
+    return Loss.of(rounded.to(exact.dtype) - exact, exact if before is None else exact - before)
 
 
 def _verified(folder: Path, task_type: str, wanted: Tensor) -> float:

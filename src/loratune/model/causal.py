@@ -202,6 +202,21 @@ class CausalModel:
         each = F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), batch.labels, reduction="none")
         return each.sum(), each.detach()
 
+    def own_losses(self, documents: Sequence[Document]) -> list[float] | None:
+        """Returns the sum of each document's label losses as the model computes it, alone; None where it does not."""
+        losses: list[float] = []
+        for document in documents:
+            ids = self._tensor(document.input_ids)
+            labels = torch.where(self._tensor(document.trained).bool(), ids, -100)
+            try:
+                loss = self.model(input_ids=ids[None], labels=labels[None], use_cache=False).loss
+            except TypeError:  # a model whose forward takes no labels
+                return None
+            if loss is None:
+                return None
+            losses.append(float(loss) * document.num_labels)
+        return losses
+
     @torch.no_grad()
     def _probe_packing(self) -> bool:
         """Compares three short documents packed with the same apart; a family that mixes them is run one a row."""

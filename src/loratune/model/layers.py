@@ -94,19 +94,26 @@ def _has_its_norms(block: Block) -> bool:
     return all(id(norm.module) in owners and not trains(norm.module) for norm in block.norms())
 
 
-def _block_of(layer: Any, settings: dict[nn.Module, Settings]) -> Block | None:
-    """Returns the block of a layer of a known structure, or None."""
+def norms_of(layer: nn.Module) -> tuple[str | None, ...] | None:
+    """Returns the names of a layer's norms, before and after attention, before and after the MLP (None: there is none);
+    None for a layer of no known structure."""
     children = dict(layer.named_children())
     attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
-    order = _ORDERS.get(frozenset(children))
-    taken = "forward" in layer.__dict__  # by accelerate, or by another CausalModel: it stays
-    if order is None or attention is None or mlp is None or attention not in settings or taken:
+    if attention is None or mlp is None or not hasattr(attention, "head_dim"):
         return None
     own = {name for name, _ in attention.named_children()}
-    if not set(ATTENTION) <= own <= {*ATTENTION, "q_norm", "k_norm"} or not hasattr(attention, "head_dim"):
+    known = set(ATTENTION) <= own <= {*ATTENTION, "q_norm", "k_norm"}
+    known = known and {name for name, _ in mlp.named_children()} == {*MLP, "act_fn"}
+    return _ORDERS.get(frozenset(children)) if known else None
+
+
+def _block_of(layer: Any, settings: dict[nn.Module, Settings]) -> Block | None:
+    """Returns the block of a layer of a known structure, or None."""
+    order = norms_of(layer)
+    taken = "forward" in layer.__dict__  # by accelerate, or by another CausalModel: it stays
+    if order is None or taken or layer.self_attn not in settings:
         return None
-    if {name for name, _ in mlp.named_children()} != {*MLP, "act_fn"}:
-        return None
+    children, attention = dict(layer.named_children()), layer.self_attn
     modules = [None if name is None else children[name] for name in order]
     modules += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     norms = [None if module is None else _norm_of(module) for module in modules]

@@ -62,7 +62,7 @@ def base_of(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Base:
     output = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     head = next((path for path, module in model.named_modules() if module is output), None) if output else None
     sizes = {path: _sizes(model.get_submodule(path)) for path in shapes.paths if path != head}
-    known_layers: list[Any] = [module for module in model.modules() if _is_block(module)]
+    known_layers: list[Any] = [module for module in model.modules() if layers.norms_of(module)]
     embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     vocabulary, hidden = (int(size) for size in embedding.weight.shape)
     num_layers, heads = int(config.num_hidden_layers), int(getattr(config, "num_attention_heads", 0) or 0)
@@ -94,20 +94,6 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     assert host is not None
     inputs, outputs = host.sizes(module)
     return outputs, inputs
-
-
-def _is_block(layer: nn.Module) -> bool:
-    """Whether a layer has the names of a structure that `model.blocks` knows."""
-    children = dict(layer.named_children())
-    attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
-    if attention is None or mlp is None or frozenset(children) not in layers._ORDERS:
-        return False
-    own = {name for name, _ in attention.named_children()}
-    return (
-        set(ATTENTION) <= own <= {*ATTENTION, "q_norm", "k_norm"}
-        and {name for name, _ in mlp.named_children()} == {*MLP, "act_fn"}
-        and hasattr(attention, "head_dim")
-    )
 
 
 def _late(model: nn.Module, last: Any) -> tuple[str, ...]:
@@ -200,7 +186,8 @@ def _weights(base: Base, name: str) -> int:
 def _kept(layer: Any) -> int:
     """x, q, k, v, what attention returned, o or the state after it, and down where a norm follows it."""
     q, k, v, o = (_sizes(getattr(layer.self_attn, name)) for name in ATTENTION)
-    norms = layers._ORDERS[frozenset(name for name, _ in layer.named_children()) - {"self_attn", "mlp"}]
+    norms = layers.norms_of(layer)
+    assert norms is not None
     return q[1] + q[0] + k[0] + v[0] + o[1] + o[0] + (_sizes(layer.mlp.down_proj)[0] if norms[3] else 0)
 
 

@@ -17,7 +17,7 @@ from loratune.adapter.attach import Attached, attach
 from loratune.data.dataset import Dataset
 from loratune.data.encode import Document, Encoder
 from loratune.data.tokenise import Notify
-from loratune.evaluate.samples import NUM_SAMPLES, _prompt_length
+from loratune.evaluate.samples import NUM_SAMPLES, prompt_length
 from loratune.explain.skeleton import skeleton
 from loratune.model import load
 from loratune.model.gguf import cache_root
@@ -27,7 +27,7 @@ from loratune.plan.machine import Machine
 from loratune.plan.work import Cut, Pack, Work
 from loratune.train.config import RunConfig
 from loratune.train.datasets import load_datasets
-from loratune.train.rehearsal import _LOOKED_AT
+from loratune.train.rehearsal import LOOKED_AT
 
 # What is left of the rate of plain products: a run on Gemma 3 270M reached 75% of it, attention's products not counted
 # (bench/results/train.md); they are 4% of its operations, and are counted here.
@@ -178,7 +178,7 @@ def _memory(subject: Subject, costs: Costs, todo: Work) -> Memory:
 
 def _second_shortest(rows: Dataset) -> int:
     """Tokens of the longer of the two rows whose loss `train.rehearsal` compares with the model's own."""
-    return sorted(int(length) for length in rows.lengths[:_LOOKED_AT])[:2][-1]
+    return sorted(int(length) for length in rows.lengths[:LOOKED_AT])[:2][-1]
 
 
 def _seconds(subject: Subject, costs: Costs, todo: Work, num_evaluations: int, config: RunConfig) -> Seconds:
@@ -213,7 +213,7 @@ def generated_tokens(documents: Sequence[Document]) -> int:
 
     A model that is tuned stops where the rows' own answers do.
     """
-    longest = max(document.num_tokens - _prompt_length(document) for document in documents[:NUM_SAMPLES])
+    longest = max(document.num_tokens - prompt_length(document) for document in documents[:NUM_SAMPLES])
     return min(128, longest + longest // 4 + 4) + min(128, longest)
 
 

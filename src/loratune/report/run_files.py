@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from loratune.adapter.config import ABOUT
 from loratune.errors import ConfigError
 from loratune.evaluate.interval import Interval, bootstrap_ratio
 
@@ -86,7 +87,7 @@ class RunFiles:
     @cached_property
     def about(self) -> dict[str, Any]:
         """Returns what was written beside the adapter when the run ended or was stopped."""
-        return _json(self.folder / "adapter" / "loratune.json")
+        return _json(self.folder / "adapter" / ABOUT)
 
     @property
     def has_ended(self) -> bool:
@@ -106,8 +107,10 @@ class RunFiles:
 
     @property
     def kept(self) -> dict[str, Any] | None:
-        """The evaluation of the weights that were kept: the best after the first step."""
+        """The evaluation of the weights that were kept: as the run says, else the best after the first step."""
         later = [event for event in self.evaluations if event["step"] > 0]
+        if best := self.about.get("best"):
+            return next((event for event in later if event["step"] == best["step"]), None)
         return min(later, key=lambda event: event["loss"], default=None)
 
     @cached_property

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loratune.adapter import peft_format
 from loratune.adapter.adapter import Adapter
 from loratune.adapter.attach import attach
+from loratune.adapter.config import ABOUT
 from loratune.data.dataset import Dataset, load_dataset
 from loratune.data.encode import Document, Encoder
 from loratune.data.examples import Example
@@ -20,7 +21,7 @@ from loratune.evaluate import metrics, text
 from loratune.evaluate.generate import generate, text_of
 from loratune.evaluate.interval import Interval
 from loratune.evaluate.loss import evaluate
-from loratune.evaluate.samples import _prompt_length
+from loratune.evaluate.samples import prompt_length
 from loratune.model import heads
 from loratune.model.causal import CausalModel
 from loratune.model.load import load_model
@@ -33,7 +34,6 @@ from loratune.tasks.model import TaskModel
 from loratune.tasks.table import TASKS, find_labels, max_positions, task_of
 from loratune.tasks.task import Scores, Task
 
-ABOUT = "loratune.json"
 BASE = "base"
 
 
@@ -134,8 +134,12 @@ def _labels(folders: Sequence[Path], asked: Question, task_type: str) -> Labels:
 
 def labels_beside(folder: Path) -> Labels:
     """Returns the labels that were written beside an adapter; none where another tool wrote it."""
-    about = json.loads((folder / ABOUT).read_bytes()) if (folder / ABOUT).is_file() else {}
-    return Labels(tuple(about.get("labels") or ()), about.get("problem"))
+    file = folder / ABOUT
+    try:
+        about = json.loads(file.read_bytes()) if file.is_file() else {}
+        return Labels(tuple(about.get("labels") or ()), about.get("problem"))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged, so the labels' names are not known: {error}.") from error
 
 
 def _rows(spec: str, encoder: Any, asked: Question) -> Dataset:
@@ -148,19 +152,25 @@ def _judge_task(
 ) -> list[Judged]:  # fmt: skip
     task = task_of(task_type, model, tokenizer, labels)
     assert task is not None
+    if asked.base and any(heads.new_modules(model)) and TASKS[task_type].headed:
+        found = f"{model.name_or_path} has no head for {task_type}"
+        raise ConfigError(f"{found}: compare with --baseline probe instead.")
     documents = _rows(asked.data, task, asked).documents
-    judged: list[Judged] = []
+    judged = _each(model, adapters, asked, lambda name: _task_judged(name, model, task, documents, asked))
+    return judged + _floors(model, task, documents, asked)
+
+
+def _each(
+    model: PreTrainedModel, adapters: Mapping[str, Adapter], asked: Question, judged: Callable[[str], Judged]
+) -> list[Judged]:
+    """Returns what is found with each adapter attached in turn, then, if asked for, without any."""
+    found: list[Judged] = []
     for name, adapter in adapters.items():
         attached = attach(model, adapter)
         attached.train_mode(False)
-        judged.append(_task_judged(name, model, task, documents, asked))
+        found.append(judged(name))
         attached.detach()
-    if asked.base:
-        if any(heads.new_modules(model)) and TASKS[task_type].headed:
-            found = f"{model.name_or_path} has no head for {task_type}"
-            raise ConfigError(f"{found}: compare with --baseline probe instead.")
-        judged.append(_task_judged(BASE, model, task, documents, asked))
-    return judged + _floors(model, task, documents, asked)
+    return found + ([judged(BASE)] if asked.base else [])
 
 
 def _task_judged(name: str, model: Any, task: Task, documents: Sequence[Document], asked: Question) -> Judged:
@@ -197,13 +207,7 @@ def _judge_causal(
     if kind == "classification":
         return _judge_choices(model, tokenizer, adapters, asked)
     data = _rows(asked.data, Encoder(tokenizer, max_positions(model)), asked)
-    judged: list[Judged] = []
-    for name, adapter in adapters.items():
-        attached = attach(model, adapter)
-        attached.train_mode(False)
-        judged.append(_causal_judged(name, model, tokenizer, data, asked))
-        attached.detach()
-    return judged + ([_causal_judged(BASE, model, tokenizer, data, asked)] if asked.base else [])
+    return _each(model, adapters, asked, lambda name: _causal_judged(name, model, tokenizer, data, asked))
 
 
 def _judge_choices(
@@ -219,13 +223,7 @@ def _judge_choices(
         said = likeliest(model, encoder, [example.row for example in examples], labels, asked.micro_batch_tokens)
         return Judged(name, task.score(examples, said), task.records(examples, said))
 
-    found: list[Judged] = []
-    for name, adapter in adapters.items():
-        attached = attach(model, adapter)
-        attached.train_mode(False)
-        found.append(judged(name))
-        attached.detach()
-    return found + ([judged(BASE)] if asked.base else [])
+    return _each(model, adapters, asked, judged)
 
 
 def _causal_judged(
@@ -252,7 +250,7 @@ def _causal_judged(
 
 
 def _answers(model: Any, tokenizer: Any, documents: Sequence[Document]) -> tuple[list[str], list[str]]:
-    cuts = [_prompt_length(document) for document in documents]
+    cuts = [prompt_length(document) for document in documents]
     prompts = [document.input_ids[:cut].tolist() for document, cut in zip(documents, cuts, strict=True)]
     wanted = [document.input_ids[cut:].tolist() for document, cut in zip(documents, cuts, strict=True)]
     longest = max(map(len, wanted))

@@ -10,7 +10,7 @@ from loratune.train import watch
 from loratune.train.loop import Run, within_memory
 from loratune.train.measure import check_space, checkpoint_bytes, is_out_of_memory
 
-_LOOKED_AT = 32  # documents, of which the longest and the shortest are used
+LOOKED_AT = 32  # documents, of which the longest and the shortest are used
 _PROBE_SHARE = 0.01  # of the run's tokens; a shorter run finds out soon enough by itself
 
 
@@ -20,7 +20,7 @@ def rehearse(run: Run) -> None:
     Raises TrainingError, or ConfigError for a disk that is too full.
     """
     watch.check_optimizer(run.optimizer, run.attached.adapter, run.config.lr_ratio)
-    rows = {*run.rows_of_step()[:_LOOKED_AT], *range(min(_LOOKED_AT, len(run.train)))}
+    rows = {*run.rows_of_step()[:LOOKED_AT], *range(min(LOOKED_AT, len(run.train)))}
     candidates = sorted((run.train.documents[row] for row in sorted(rows)), key=lambda document: document.num_tokens)
     # One shows all that is reached, but a pair of texts is told from another; of the shortest two, so that rows that
     # see each other show.

@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from loratune.data.encode import Document
 from loratune.errors import TrainingError
 from loratune.evaluate.loss import Evaluation
 from loratune.evaluate.protocol import Runner
-from loratune.tasks.model import TaskModel
 from loratune.train.optim import Optimizer
 
 _MASTERS = (torch.float32, torch.float64)  # float64 where the base is
@@ -122,7 +120,7 @@ def check_loss(causal: Runner, documents: Sequence[Document]) -> str | None:
     That is wrong labels (shifted by one), and documents that see each other. Returns why a model cannot be asked.
     """
     _, ours = causal.losses(causal.batch(documents, range(len(documents))))
-    own = (causal.own_losses if isinstance(causal, TaskModel) else partial(_own_losses, causal))(documents)
+    own = causal.own_losses(documents)
     if own is None:
         return f"{type(causal.model).__name__} has no loss of its own to compare with (it takes no `labels`)."
     found, expected = float(ours.double().mean()), sum(own) / len(ours)
@@ -134,23 +132,6 @@ def check_loss(causal: Runner, documents: Sequence[Document]) -> str | None:
             "Nothing was trained. This is a bug in loratune or in the model's code; please report it."
         )
     return None
-
-
-def _own_losses(causal: Runner, documents: Sequence[Document]) -> list[float] | None:
-    """Returns the sum of each document's label losses as the model computes it, alone; None where it does not."""
-    losses: list[float] = []
-    model: Any = causal.model
-    for document in documents:
-        ids = torch.from_numpy(document.input_ids.astype(np.int64)).to(causal.device)
-        labels = torch.where(torch.from_numpy(document.trained).to(causal.device), ids, -100)
-        try:
-            loss = model(input_ids=ids[None], labels=labels[None], use_cache=False).loss
-        except TypeError:  # a model whose forward takes no labels
-            return None
-        if loss is None:
-            return None
-        losses.append(float(loss) * document.num_labels)
-    return losses
 
 
 class Experts:
