@@ -23,7 +23,7 @@ _STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--surface); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 main { max-width: 880px; margin: 0 auto; padding: 28px 20px 60px }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: break-word }
 h2 { font-size: 18px; margin: 36px 0 6px }
 p { margin: 6px 0 } .note { color: var(--soft); font-size: 14px } .soft { color: var(--soft) }
 .verdict { font-size: 18px; padding: 12px 16px; background: var(--raised); border-left: 4px solid var(--soft);
@@ -37,7 +37,7 @@ figure { margin: 12px 0 } figcaption { font-weight: 600; font-size: 14px }
 .k4 { background: var(--c4) }
 .wide { overflow-x: auto; margin: 14px 0 } table { border-collapse: collapse; font-size: 14px; width: 100% }
 td, th { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--grid); vertical-align: top }
-th { color: var(--soft); font-weight: 500 } td { overflow-wrap: anywhere; white-space: pre-wrap }
+th { color: var(--soft); font-weight: 500 } td { overflow-wrap: break-word; white-space: pre-wrap }
 td.name { white-space: nowrap }
 pre { background: var(--raised); padding: 12px 14px; border-radius: 4px; overflow-x: auto; font-size: 13px;
   line-height: 1.45 }
