@@ -1,8 +1,12 @@
 """Order and packing are pure functions: a partition, within the budget, the same every time."""
 
+import json
 from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,3 +71,14 @@ def test_length_groups_partition_within_the_padded_budget(case: tuple[list[int],
     assert all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= max_tokens for group in groups)
     ranges = sorted((min(lengths[i] for i in group), max(lengths[i] for i in group)) for group in groups)
     assert all(low >= high for (_, high), (low, _) in pairwise(ranges))  # similar lengths together
+
+
+TRL = json.loads((Path(__file__).parents[1] / "golden" / "templates" / "trl_packs.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("case", TRL)
+def test_packs_are_as_full_as_those_of_trl(case: dict[str, Any]) -> None:
+    def loads(packs: list[list[int]]) -> list[int]:
+        return sorted(sum(case["lengths"][i] for i in pack) for pack in packs)
+
+    assert loads(micro_batches(case["lengths"], case["max_tokens"])) == loads(case["packs"])

@@ -1,12 +1,14 @@
 """Whether the tests bite: small faults are put into the code one at a time, and the tests of its area have to notice.
 
     make mutants                    300 of them, chosen with a fixed seed; goes on where it was interrupted
-    make mutants ARGS="--number 20"
+    make mutants ARGS="--number 20 --jobs 1"
     make mutants ARGS=--report      what was found so far, as Markdown
 
 A mutant lives in memory only: a forked child, in which torch is imported already, gets the changed module from an
-import hook and runs the area's test files until one fails (killed), time runs out (killed), or all pass (survived).
-The tree is copied first, so that work on it goes on beside this.
+import hook and runs tests of its area until one fails (killed), time runs out (killed), or all pass (survived). Which
+tests: those that came by the changed line when they ran on the code as it is, the quickest first, up to MAX_SECONDS;
+where none did, or what does is another process, all of the area. The tree is copied first, so that work on it goes on
+beside this.
 """
 
 import argparse
@@ -16,12 +18,12 @@ import importlib.abc
 import importlib.util
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,8 +35,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "mutants.jsonl"
 SEED, MAX_BYTES = 0, 8 << 30
+MAX_SECONDS = 120.0  # of tests for one mutant, by their time on the code as it is
 ENDS = {0: "survived", 5: "empty"}  # pytest's exit codes; 5: every test of the files is left out
-# Code -> the tests of its area, the quickest to notice first.
+# Code -> the tests of its area.
 AREAS: dict[str, list[str]] = {
     "adapter": ["adapter", "compat", "parity", "export"],
     "train/loop.py": ["train/test_loop.py", "faults/test_nonfinite.py", "faults/test_memory.py", "train/test_resume.py",
@@ -42,9 +45,11 @@ AREAS: dict[str, list[str]] = {
     "train/checkpoint.py": ["train/test_checkpoint.py", "faults/test_checkpoint_faults.py", "train/test_resume.py",
                             "faults/test_crash.py"],
     "data/encode.py": ["data/test_encode.py", "data/test_templates.py", "data/test_masks.py", "data/test_dataset.py"],
-    "data/templates.py": ["data/test_templates.py", "data/test_encode.py", "data/test_families.py"],
-    "data/masks.py": ["data/test_masks.py", "data/test_templates.py", "data/test_encode.py", "data/test_families.py"],
+    "data/templates.py": ["data/test_templates.py", "data/test_encode.py", "data/test_template_families.py"],
+    "data/masks.py": ["data/test_masks.py", "data/test_templates.py", "data/test_encode.py",
+                      "data/test_template_families.py"],
 }  # fmt: skip
+IN_PROCESS = {area for area in AREAS if not area.startswith("train/")}  # the tests of train fork, and start others
 
 # ---- mutations ------------------------------------------------------------------------------------------------------
 
@@ -190,14 +195,65 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self._tree, str(self._path), "exec"), module.__dict__)
 
 
-def run(copy: Path, tests: list[str], seconds: float, mutant: Mutant | None = None) -> tuple[str, float]:
-    """Runs tests in a forked child; returns ("survived" | "killed" | "time" | "empty", seconds)."""
+class _Watch:
+    """A plugin that notes the seconds of each test and the lines of our code it came by, and writes them at the end.
+
+    What a fixture of several tests ran counts for every test of the file.
+    """
+
+    def __init__(self, copy: Path, output: Path) -> None:
+        self._output, self._prefix = output, str(copy / "src" / "loratune") + "/"
+        self._watched = tuple(self._prefix + area for area in AREAS)
+        self._setup: set[tuple[str, int]] = set()
+        self._lines: set[tuple[str, int]] = set()
+        self._tests: dict[str, tuple[float, set[tuple[str, int]]]] = {}
+        self._began = 0.0
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        self._lines, self._began = self._setup, time.monotonic()
+        sys.settrace(self._trace)
+
+    def pytest_runtest_call(self, item: Any) -> None:
+        self._lines = set()
+        self._tests[item.nodeid] = (0.0, self._lines)
+
+    def pytest_runtest_teardown(self, item: Any) -> None:
+        sys.settrace(None)
+        if item.nodeid in self._tests:
+            self._tests[item.nodeid] = (time.monotonic() - self._began, self._tests[item.nodeid][1])
+
+    def pytest_sessionfinish(self) -> None:
+        found = {
+            test: {"seconds": seconds, "lines": sorted(f"{file}:{line}" for file, line in lines | self._setup)}
+            for test, (seconds, lines) in self._tests.items()
+        }
+        self._output.write_text(json.dumps(found), "utf-8")
+
+    def _trace(self, frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self._watched):
+            return None
+        lines, file = self._lines, frame.f_code.co_filename.removeprefix(self._prefix)
+
+        def line(frame: Any, event: str, argument: Any) -> Any:
+            lines.add((file, frame.f_lineno))
+            return line
+
+        return line(frame, event, argument)
+
+
+def run(
+    copy: Path, tests: list[str], seconds: float, mutant: Mutant | None = None, watch: Path | None = None
+) -> tuple[str, float]:
+    """Runs tests in a forked child; returns ("survived" | "killed" | "time" | "empty", seconds).
+
+    With `watch` the tests' times and lines are written there.
+    """
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            code = _in_child(copy, tests, mutant)
+            code = _in_child(copy, tests, mutant, watch)
         finally:
             os._exit(code)
     while time.monotonic() - began < seconds:
@@ -210,9 +266,10 @@ def run(copy: Path, tests: list[str], seconds: float, mutant: Mutant | None = No
     return "time", time.monotonic() - began
 
 
-def _in_child(copy: Path, tests: list[str], mutant: Mutant | None) -> int:
+def _in_child(copy: Path, tests: list[str], mutant: Mutant | None, watch: Path | None) -> int:
     import pytest
 
+    worker = os.getppid()
     os.setsid()
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     os.chdir(copy)
@@ -224,7 +281,8 @@ def _in_child(copy: Path, tests: list[str], mutant: Mutant | None) -> int:
         name = "loratune." + mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         sys.meta_path.insert(0, _Changed(name, path, mutant.tree(path.read_text("utf-8"))))
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow and not full and not model"]
-    return int(pytest.main([*options, f"--basetemp={copy / 'temporary'}", *tests]))
+    plugins = [] if watch is None else [_Watch(copy, watch)]
+    return int(pytest.main([*options, f"--basetemp={copy / f'temporary-{worker}'}", *tests], plugins))
 
 
 def warm_up(copy: Path) -> None:
@@ -248,36 +306,78 @@ def warm_up(copy: Path) -> None:
     assert not any(name.split(".")[0] == "loratune" for name in sys.modules)
 
 
+def in_workers(jobs: int, items: list[Any], do: Callable[[Any], None]) -> None:
+    """Calls `do` on every item, in `jobs` forked processes; raises SystemExit where one of them failed."""
+    pids: list[int] = []
+    for number in range(jobs):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            for item in items[number::jobs]:
+                do(item)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if max(os.waitpid(pid, 0)[1] for pid in pids):
+        raise SystemExit("a worker failed; its error stands above")
+
+
 def _tests_of(area: str, copy: Path) -> list[str]:
     paths = [copy / "tests" / each for each in AREAS[area]]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise SystemExit(f"{missing[0]} is not there: mend AREAS")
     files = [file for path in paths for file in (sorted(path.glob("test_*.py")) if path.is_dir() else [path])]
-    return [str(file.relative_to(copy)) for file in files if file.exists()]
+    return [str(file.relative_to(copy)) for file in files]
 
 
-def ordered_tests(copy: Path, areas: set[str]) -> dict[str, tuple[list[str], float]]:
-    """Returns each area's test files, the quickest first, and the seconds they take on the code as it is."""
-    times: dict[str, float] = {}
-    found: dict[str, tuple[list[str], float]] = {}
-    for area in sorted(areas):
-        tests = _tests_of(area, copy)
-        for test in tests:
-            if test not in times:
-                outcome, times[test] = run(copy, [test], 600)
-                if outcome not in ENDS.values():
-                    raise SystemExit(f"{test} fails on the code as it is ({outcome}): mend that first.")
-        found[area] = sorted(tests, key=lambda test: times[test]), sum(times[test] for test in tests)
-        print(f"{area}: {len(tests)} test files, {found[area][1]:.0f} s", flush=True)
-    return found
+class Watched:
+    """The tests of some areas, as they ran on the code as it is."""
+
+    def __init__(self, copy: Path, areas: set[str], jobs: int) -> None:
+        self._files = {area: _tests_of(area, copy) for area in areas}
+        found: dict[str, dict[str, Any]] = {}
+
+        def place(file: str) -> Path:
+            return copy / ("watched-" + file.replace("/", "-") + ".json")
+
+        def watch(file: str) -> None:
+            outcome, seconds = run(copy, [file], 900, watch=place(file))
+            print(f"{file}: {seconds:.0f} s", flush=True)
+            if outcome not in ENDS.values():
+                raise SystemExit(f"{file} fails on the code as it is ({outcome}): mend that first.")
+
+        every = sorted({file for files in self._files.values() for file in files})
+        in_workers(jobs, every, watch)
+        for file in every:
+            found |= json.loads(place(file).read_text("utf-8"))
+        self._tests = found
+        self._lines = {test: set(about["lines"]) for test, about in found.items()}
+
+    def chosen(self, mutant: Mutant) -> tuple[list[str], float]:
+        """Returns the tests for a mutant, the ones named after its module first, and their seconds."""
+        area, stem = area_of(mutant), Path(mutant.file).stem
+        every = [test for test in self._tests if test.split("::")[0] in self._files[area]]
+        came_by = [test for test in every if f"{mutant.file}:{mutant.line}" in self._lines[test]]
+        tests = came_by if came_by and area in IN_PROCESS else every
+        taken, total = list[str](), 0.0
+        for test in sorted(tests, key=lambda test: (stem not in Path(test.split("::")[0]).stem, self._seconds(test))):
+            if total + self._seconds(test) <= MAX_SECONDS:
+                taken.append(test)
+                total += self._seconds(test)
+        return taken, total
+
+    def _seconds(self, test: str) -> float:
+        return self._tests[test]["seconds"]
 
 
 def area_of(mutant: Mutant) -> str:
     return next(area for area in AREAS if mutant.file == area or mutant.file.startswith(area + "/"))
-
-
-def own_first(tests: list[str], mutant: Mutant) -> list[str]:
-    """The file named after the module comes first."""
-    stem = Path(mutant.file).stem
-    return sorted(tests, key=lambda test: stem not in Path(test).stem)
 
 
 def known() -> dict[tuple[str, int, str], dict[str, Any]]:
@@ -286,27 +386,42 @@ def known() -> dict[tuple[str, int, str], dict[str, Any]]:
     return {(entry["file"], entry["number"], entry["digest"]): entry for entry in entries}
 
 
-def work(number: int, copy: Path) -> None:
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "*.egg-info", "results", "__pycache__", "build"))
-    chosen = every_mutant(copy / "src")
-    random.Random(SEED).shuffle(chosen)
-    print(f"{len(chosen)} places that can be changed; {number} of them are taken", flush=True)
+def rank(mutant: Mutant) -> str:
+    """An order that stays as it is where another file changes."""
+    return hashlib.sha256(f"{SEED}:{mutant.file}:{mutant.number}".encode()).hexdigest()
+
+
+def chosen_mutants(src: Path, number: int) -> list[Mutant]:
+    return sorted(every_mutant(src), key=rank)[:number]
+
+
+def work(number: int, jobs: int, copy: Path) -> None:
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "*.egg-info", "results", "runs", "__pycache__"))
+    chosen = chosen_mutants(copy / "src", number)
     done = known()
-    todo = [each for each in chosen[:number] if (each.file, each.number, each.digest) not in done]
+    todo = [each for each in chosen if (each.file, each.number, each.digest) not in done]
+    print(f"{len(chosen)} mutants, {len(todo)} of them not tried yet", flush=True)
+    if not todo:
+        return
     warm_up(copy)
-    tests = ordered_tests(copy, {area_of(mutant) for mutant in todo})
-    for count, mutant in enumerate(todo, 1):
-        files, seconds = tests[area_of(mutant)]
-        outcome, taken = run(copy, own_first(files, mutant), 3 * seconds + 20, mutant)
+    watched = Watched(copy, {area_of(mutant) for mutant in todo}, jobs)
+
+    def try_one(mutant: Mutant) -> None:
+        tests, seconds = watched.chosen(mutant)
+        outcome, taken = run(copy, tests, 3 * seconds + 20, mutant)
         before, after = mutant.difference((copy / "src" / "loratune" / mutant.file).read_text("utf-8"))
         entry = {**asdict(mutant), "before": before, "after": after, "outcome": outcome, "seconds": round(taken, 1)}
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        print(f"{count}/{len(todo)} {outcome:8} {taken:5.1f} s  {mutant.file}:{mutant.line}  {after}", flush=True)
+        print(f"{outcome:8} {taken:5.1f} s  {mutant.file}:{mutant.line}  {after}", flush=True)
+
+    in_workers(jobs, todo, try_one)
 
 
-def report() -> str:
-    entries = list(known().values())
+def report(number: int) -> str:
+    done = known()
+    keys = [(each.file, each.number, each.digest) for each in chosen_mutants(ROOT / "src", number)]
+    entries = [done[key] for key in keys if key in done]
     survived = [entry for entry in entries if entry["outcome"] == "survived"]
     lines = ["| module | mutants | killed |", "|---|---|---|"]
     total = Counter(entry["file"] for entry in entries)
@@ -322,14 +437,15 @@ def report() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     if not given.report:
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            work(given.number, Path(folder) / "copy")
-    print(report())
+            work(given.number, given.jobs, Path(folder) / "copy")
+    print(report(given.number))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ import pytest
 
 from loratune import api, files
 from loratune.cli.main import run as command
+from loratune.data.dataset import Dataset
+from loratune.data.ledger import Ledger, Reject
 from loratune.errors import ConfigError
 from loratune.language import language
 from loratune.report import charts, run_texts
 from loratune.report.run_files import RunFiles, paired
 from loratune.report.run_page import compare_page, differences, paired_test, run_page, verdict
 from loratune.train.config import load_run_config
+from loratune.train.datasets import ledger_lines
 from tiny_run import copy_rows, save_model, write_rows
 
 
@@ -49,6 +52,20 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_text_as_text(runs: tupl
     page = run_page(folder)
     assert not re.search(r"<script|https?://|src=|url\(|@import|<link", page)
     assert "&lt;script&gt;alert(1)" in page and "&amp;&lt;b&gt;" in page
+
+
+def test_each_split_of_the_ledger_has_its_own_counts(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "split"
+    shutil.copytree(runs[0], folder)
+    training, validation = Ledger(), Ledger()
+    training.rows_in, validation.rows_in = 480, 48
+    validation.note("duplicates", "held.jsonl:7", "as 3")
+    validation.rejects.append(Reject("held.jsonl", 9, "the answer is empty"))
+    datasets = [Dataset([], [], "", "text", ledger=ledger) for ledger in (training, validation)]
+    (folder / "ledger.jsonl").write_text(ledger_lines(*datasets))
+    page = run_page(folder)
+    assert re.search(r"training</td><td>480</td>", page) and re.search(r"held out</td><td>48</td>", page)
+    assert "held.jsonl:7: as 3" in page and "the answer is empty" in page
 
 
 @pytest.mark.parametrize("which", ["en", "uk"])

@@ -220,14 +220,20 @@ def _samples(run: RunFiles, text: Mapping[str, str]) -> str:
 
 
 def _rows(run: RunFiles, text: Mapping[str, str]) -> str:
-    """The row ledger: its counts, and each rejected row with its reason."""
-    if not run.ledger:
+    """The row ledger: the counts and notes of each file or split, and each rejected row with its reason."""
+    splits = [line for line in run.ledger if "rows_in" in line]
+    if not splits:
         return ""
-    counts = {key: value for line in run.ledger for key, value in line.items() if key in ("rows_in", "rows_trained")}
+    columns = {"rows_in": "rows_in", "rows_trained": "rows_trained", "held_out": "held_out_rows", "rejected": "rejected"}
+    counts = [[text[line["split"]], *(f"{line.get(name, 0):,}" for name in columns)] for line in splits]
+    notes = [
+        [f"{text[line['split']]}: {name}", f"{note['count']:,}", "\n".join(note["examples"])]
+        for line in splits
+        for name, note in line["notes"].items()
+    ]
     rejected = [[f"{line['source']}:{line['line']}", line["reason"]] for line in run.ledger if "reason" in line]
-    told = ", ".join(f"{text[key]} {value:,}" for key, value in counts.items())
-    head = tag("h2", text["rows"]) + tag("p", f"{told}, {text['rejected']} {len(rejected):,}".lstrip(", "))
-    return head + (_table(None, rejected[:50]) if rejected else "")
+    tables = _table(["", *(text[name] for name in columns.values())], counts)
+    return tag("h2", text["rows"]) + tables + "".join(_table(None, rows[:50]) for rows in (notes, rejected) if rows)
 
 
 def _use(run: RunFiles, text: Mapping[str, str]) -> str:
