@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+# Two at a time, a thread each; the tests of a file stay together.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: demo test test-full check bench bench-peers clean
+.PHONY: demo test test-full check faults mutants bench bench-peers clean
 
 # torch first and by its exact version: an unpinned torch can bring several GB of CUDA libraries.
 $(VENV)/.base: constraints.txt pyproject.toml
@@ -25,10 +27,10 @@ demo: $(VENV)/.demo
 	$(BIN)/loratune demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Every crash point, 200 runs killed, every byte flipped: some ten minutes. Figures go to bench/results/faults.jsonl.
 faults: $(VENV)/.dev
@@ -43,7 +45,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check src tests examples bench
 	$(BIN)/ruff format --check src tests examples bench
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -m "not slow and not model and not full"
+	$(PYTEST) -m "not slow and not model and not full"
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py --only "$(ONLY)" --repeats $(or $(REPEATS),3)

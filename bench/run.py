@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+import summary
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # TRL needs other packages than we do: it runs in an environment of its own (make bench-peers).
@@ -184,3 +186,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for name in [each for each in options.only.split(",") if each] or list(SUITES):
         suite(name, options.repeats)
+    summary.main()
