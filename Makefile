@@ -50,11 +50,16 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py --only "$(ONLY)" --repeats $(or $(REPEATS),3)
 
-# TRL, for the benchmark, in an environment of its own
-bench-peers:
+# TRL, torchtune and LitGPT, for the benchmark, each in an environment of its own
+bench-peers: $(VENV)/.dev
 	$(PYTHON) -m venv bench/.venv-trl
 	bench/.venv-trl/bin/pip install -q torch==2.13.0
 	bench/.venv-trl/bin/pip install -q -c constraints.txt -e '.[demo]' peft trl==1.16.0
+	$(PYTHON) -m venv bench/.venv-torchtune
+	bench/.venv-torchtune/bin/pip install -q torch==2.13.0 torchtune==0.6.1 torchao==0.9.0
+	$(PYTHON) -m venv bench/.venv-litgpt
+	bench/.venv-litgpt/bin/pip install -q torch==2.13.0 litgpt==0.5.13
+	$(BIN)/python bench/work.py bench/.llama_rows.json
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -22,8 +22,11 @@ import summary
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-# TRL needs other packages than we do: it runs in an environment of its own (make bench-peers).
-PEERS = {"trl": Path(os.environ.get("BENCH_TRL", HERE / ".venv-trl" / "bin" / "python"))}
+# These need other packages than we do: each runs in an environment of its own (make bench-peers).
+PEERS = {
+    name: Path(os.environ.get(f"BENCH_{name.upper()}", HERE / f".venv-{name}" / "bin" / "python"))
+    for name in ("trl", "torchtune", "litgpt")
+}
 MIN_IDLE, WINDOW_SECONDS, PATIENCE_SECONDS = 0.95, 3.0, 600
 
 HALF = ["--documents", "32"]
@@ -69,6 +72,7 @@ SUITES: dict[str, list[list[str]]] = {
         _train("ours", 8, "--model", "llama", "--documents", "16"),
         _train("peft", 2, "--grouped", "--model", "llama", "--documents", "16"),
         _train("peft", 4, "--grouped", "--model", "llama", "--documents", "16"),
+        *(["llama_peers.py", side, "--micro", micro] for side in ("torchtune", "litgpt") for micro in ("2", "4")),
     ],
     "ablation": [
         _train("ours", 8, *HALF),

@@ -83,6 +83,7 @@ def goals(of: Results) -> Iterator[tuple[str, str, str]]:
     undropped = f"train.py ours --micro 8 --preset fast {HALF}"
     yield "what dropout costs", "under 5%", f"{of.median('fast', undropped) / of.median('fast', ours) - 1:.1%}"
     llama = [f"train.py peft --micro {m} --grouped --model llama --documents 16" for m in (2, 4)]
+    llama += [f"llama_peers.py {side} --micro {m}" for side in ("torchtune", "litgpt") for m in (2, 4)]
     ours = "train.py ours --micro 8 --model llama --documents 16"
     yield "Llama 3.2 1B's shape, against the best peer", "1.25x", _times(of.ratio("llama", ours, llama))
     yield "Llama 3.2 1B's shape, share of the floor", "75%", _percent(of.median("llama", ours, "of_floor"))

@@ -3,8 +3,12 @@
 Models: Gemma 3 270M as it is, or random weights of Llama 3.2 1B's shape. Data, from UA-GEC's changed sentences:
 short (a sentence, then its correction), long (five sentences before the one that is corrected), prefix40 and prefix70
 (instructions of that share of all tokens before each), full (every token trained, all of one length).
+
+    python bench/work.py FILE      writes the rows of Llama's shape, for peers that have an environment of their own
 """
 
+import json
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,3 +88,12 @@ def work(tokenizer, shape: str, num_documents: int, vocabulary: int, seed: int =
             ids, trained = (ids * 3)[:64], [False] + [True] * 63
         documents.append((ids, trained))
     return Work(documents)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    from loratune.model.load import load_tokenizer
+
+    rows = work(load_tokenizer(MODELS["gemma"]), "short", 16, 128256)
+    Path(sys.argv[1]).write_text(json.dumps(rows.documents))
