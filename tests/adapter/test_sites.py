@@ -12,7 +12,8 @@ from torch import nn
 from families import FAMILIES
 from loratune.adapter.attach import Attachments, attach
 from loratune.adapter.config import LoraConfig
-from loratune.adapter.sites import find
+from loratune.adapter.factor import TokenRows
+from loratune.adapter.sites import find, saved_paths
 from loratune.errors import AdapterError, ConfigError
 from oracles import same_state, state_of
 
@@ -192,3 +193,32 @@ _Build = Callable[[], nn.Module]
 def test_models_with_nothing_to_adapt_say_so(build: _Build) -> None:
     with pytest.raises(ConfigError):
         attach(build(), LoraConfig())
+
+
+class _Shared(nn.Module):
+    """An embedding, and a module of no kind we know that has its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(6, 4)
+        self.out = nn.Module()
+        self.out.weight = self.emb.weight
+
+
+def test_a_module_that_shares_a_weight_and_cannot_be_adapted_is_refused() -> None:
+    model = _Shared()
+    with pytest.raises(ConfigError, match=r"out, a Module, cannot be tied to emb\. Nothing was attached"):
+        attach(model, LoraConfig(r=2, target_modules=["emb"], ensure_weight_tying=True))
+    assert not [name for name, _ in model.named_parameters() if "lora" in name.lower()]
+
+
+def test_the_head_of_the_task_is_saved_beside_what_the_user_names() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "classifier": nn.Linear(4, 2)})
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["norm", "score"], task_type="SEQ_CLS")
+    assert sorted(saved_paths(model, config)) == ["classifier", "norm"]  # no score here: PEFT names it of itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trained_rows_are_of_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    rows = TokenRows(torch.tensor([1, 3]), 6, 4, dtype)
+    assert rows.A.dtype == rows.B.dtype == dtype

@@ -245,3 +245,11 @@ def test_named_templates_are_chosen_as_transformers_does() -> None:
     tokenizer.chat_template = {"tool_use": CHATML}
     with pytest.raises(DataError, match="the tokenizer has no chat template for the row"):
         encoder.encode(rows[0])
+
+
+def test_a_template_may_change_the_blanks_of_what_it_is_given() -> None:
+    template = CHATML.replace("message['content']", "message['content'] | replace('\n', ' ')")
+    tokenizer = build(replace(FAMILIES["chatml"], template=template))
+    messages = [{"role": "user", "content": "2 +\n2?"}, ANSWER]
+    [document] = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": messages}))
+    assert "2 + 2?" in tokenizer.decode(document.input_ids.tolist())

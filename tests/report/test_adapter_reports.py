@@ -152,3 +152,17 @@ def test_groups_follow_the_roles_and_layers_count_naturally() -> None:
         ("lm_head", "lm_head", ("",)),
     }
     assert [group["role"] for group in groups] == ["query", "query", "query", "down", "lm_head"]
+
+
+def test_the_spectrum_of_a_grouped_convolution_is_that_of_all_its_groups(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)).double()
+    before = model[0].weight.detach().clone()
+    attached = attach(model, LoraConfig(r=4, target_modules=["0"], lora_dropout=0.0), seed=0)
+    randomise(p for p in model.parameters() if p.requires_grad)
+    attached.save(tmp_path / "a")
+    [site] = reports.info(tmp_path / "a")["sites"]
+    change = (attached.merge()[0].weight - before).flatten(1)
+    each_sees_its_own = torch.block_diag(*change.chunk(2))  # (outputs, inputs of both groups)
+    expected = torch.linalg.svdvals(each_sees_its_own)[: len(site["singular_values"])]
+    assert site["singular_values"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+    assert reports.diff(tmp_path / "a", tmp_path / "a")["sites"][0]["distance"] < 1e-9
