@@ -62,3 +62,9 @@ def test_what_eva_needs_is_said():
         eva(FAMILIES["llama"](), LoraConfig(target_modules=["embed_tokens"]), [inputs_for("llama")])
     with pytest.raises(ConfigError, match=r"loratune\.eva"):
         LoraConfig(init_lora_weights="eva")
+
+
+def test_nothing_watches_the_model_afterwards():
+    model = FAMILIES["llama"]()
+    eva(model, CONFIG, [inputs_for("llama")])
+    assert not any(module._forward_pre_hooks for module in model.modules())

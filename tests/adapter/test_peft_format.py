@@ -342,3 +342,12 @@ def test_a_flipped_or_missing_byte_is_an_error_or_a_finite_adapter(tmp_path: Pat
             content[position % len(content)] ^= mask
             path.write_bytes(content)
         assert all(bool(tensor.isfinite().all()) for tensor in adapter.flat().values())
+
+
+def test_the_order_in_which_safetensors_wrote_a_header_does_not_show(tmp_path: Path) -> None:
+    save_file({"b": torch.ones(2), "a": torch.zeros(3)}, tmp_path / "f", metadata={"z": "1", "y": "2"})
+    data = (tmp_path / "f").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    turned = json.dumps(dict(reversed(json.loads(data[8 : 8 + length]).items()))).encode()
+    other = len(turned).to_bytes(8, "little") + turned + data[8 + length :]
+    assert peft_format._sorted_header(data) == peft_format._sorted_header(other)

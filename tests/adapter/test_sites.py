@@ -222,3 +222,11 @@ def test_the_head_of_the_task_is_saved_beside_what_the_user_names() -> None:
 def test_trained_rows_are_of_the_dtype_asked_for(dtype: torch.dtype) -> None:
     rows = TokenRows(torch.tensor([1, 3]), 6, 4, dtype)
     assert rows.A.dtype == rows.B.dtype == dtype
+
+
+def test_all_linear_leaves_out_what_tying_will_adapt() -> None:
+    model = nn.ModuleDict({"emb": nn.Embedding(6, 4), "body": nn.Linear(4, 4), "turn": nn.Linear(4, 6, bias=False)})
+    model["turn"].weight = model["emb"].weight
+    plain = find(model, LoraConfig(r=2, target_modules="all-linear"))
+    tying = find(model, LoraConfig(r=2, target_modules="all-linear", ensure_weight_tying=True))
+    assert [site.path for site in plain] == ["body", "turn"] and [site.path for site in tying] == ["body"]

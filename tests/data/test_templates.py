@@ -125,7 +125,8 @@ NO_END = CHATML.replace("<|im_end|>\n", "\n\n")
     ("template", "messages", "reason"),
     [
         (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>bot\n"), TWO_TURNS, "generation prompt and its own"),
-        (CHATML, [ASK, {"role": "assistant", "content": "\n\n\nyes"}], "a token spans the turn's boundary"),
+        (CHATML, [ASK, {"role": "assistant", "content": "\n\n\nyes"}],
+         r"a token spans the turn's boundary \(in 'im_start\|>assistant(\\n){4}yes<\|im_end\|>\\n'\)"),
         (CHATML.replace("message['content']", "message['content'][:2]"), TWO_TURNS, "or rewrites message 2"),
         (FAMILIES["gemma"].template, [ASK, ASK, ANSWER], "refuses the messages: Conversation roles must alternate"),
         (FAMILIES["mistral"].template, [{"role": "developer", "content": "x"}, ASK, ANSWER], "unknown role developer"),
