@@ -1,6 +1,7 @@
 """The ladder against each of its rungs from scratch, for as many steps: loss on the same test rows, seconds, memory.
 
     python bench/ladder.py                 UA-GEC (a Ukrainian sentence, then its correction) with Gemma 3 270M
+    python bench/ladder.py --on section    a Debian package's description -> its section of the archive, with MiniLM
     python bench/ladder.py --model FOLDER --name tiny --folder DIR --steps 160 --now       to try it
 
 Each side runs in a process of its own on the same rows, with the defaults of `loratune`. All are compared, row by row,
@@ -11,10 +12,13 @@ NAME.html.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +26,17 @@ import numpy as np
 from run import machine, wait_until_idle
 from work import MODELS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "tasks"))
 RUNGS = ("fast", "quality", "expert")
 SIDES = ("ladder", *RUNGS)
 MAX_COST = 1.3  # of the top rung's run, in seconds
 LONGEST = 250  # characters
 
 
-def write_rows(folder: Path, num_train: int, num_held_out: int) -> None:
-    """Writes train.jsonl and held.jsonl: sentences of UA-GEC that its annotator changed, in an order of documents drawn
-    with a seed, so that next to none of the held-out ones is from a text that is trained on."""
+def sentence_rows(num_train: int, num_held_out: int) -> dict[str, list[dict[str, Any]]]:
+    """Returns sentences of UA-GEC that its annotator changed, in an order of documents drawn with a seed, so that next
+    to none of the held-out ones is from a text that is trained on."""
     from ua_gec import Corpus
 
     documents = list(Corpus("train", "gec-fluency"))
@@ -42,9 +47,47 @@ def write_rows(folder: Path, num_train: int, num_held_out: int) -> None:
         if pair[0] != pair[1] and all(20 <= len(each) <= LONGEST for each in pair)
     ]
     pairs = list(dict.fromkeys(pairs))[: num_held_out + num_train]
-    for name, chosen in (("held", pairs[:num_held_out]), ("train", pairs[num_held_out:])):
-        rows = ({"prompt": f"{source}\n", "completion": target} for source, target in chosen)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    rows = [{"prompt": f"{source}\n", "completion": target} for source, target in pairs]
+    return {"held": rows[:num_held_out], "train": rows[num_held_out:]}
+
+
+def section_rows(num_train: int, num_held_out: int) -> dict[str, list[dict[str, Any]]]:
+    """Returns descriptions of Debian's packages with their sections; no source package is on both sides."""
+    from rows import choose, section
+
+    found = choose(section(), {"train": num_train, "validation": 0, "test": num_held_out})
+    return {"held": found["test"], "train": found["train"]}
+
+
+def minilm() -> str:
+    """Returns the folder of the package's model, as seen from here: the page shows it."""
+    from encoder import model_folder
+
+    return os.path.relpath(model_folder())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on which model, and how much of it."""
+
+    task_type: str
+    model: Callable[[], str]
+    rows: Callable[[int, int], dict[str, list[dict[str, Any]]]]
+    num_rows: int
+    held_out: int
+    steps: int
+
+
+SETTINGS = {
+    "ua_gec": Setting("CAUSAL_LM", lambda: MODELS["gemma"], sentence_rows, 2400, 400, 300),
+    "section": Setting("SEQ_CLS", minilm, section_rows, 3600, 1600, 900),
+}
+
+
+def write_rows(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes train.jsonl and held.jsonl."""
+    for name, each in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in each)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -61,19 +104,19 @@ def run_side(options: argparse.Namespace, folder: Path, name: str) -> dict[str, 
         "model": options.model, "output": str(folder / name), "data.train": str(folder / "train.jsonl"),
         "data.validation": str(folder / "held.jsonl"), "train.epochs": 1000.0, "train.max_steps": options.steps,
         "train.eval_every": options.steps, "train.seed": options.seed, "train.learning_rate": options.learning_rate,
-        "adapter.preset": None if name == "ladder" else name,
+        "adapter.preset": None if name == "ladder" else name, "adapter.task_type": SETTINGS[options.on].task_type,
     }  # fmt: skip
     events: list[dict[str, Any]] = []
     result = api.run(load_run_config(None, given, ladder=name == "ladder"), events.append)
     memory = max(event["memory_bytes"] for event in events if "memory_bytes" in event)
-    found = {"seconds": result.seconds, "memory_bytes": memory, **test(options.model, folder, name)}
+    found = {"seconds": result.seconds, "memory_bytes": memory, **test(options, folder, name)}
     if name == "ladder":
         found["record"] = json.loads((folder / name / "ladder.json").read_text("utf-8"))
     return found
 
 
-def test(model_name: str, folder: Path, name: str) -> dict[str, list[float]]:
-    """Evaluates the adapter that a side has kept, and the base model, on the test rows."""
+def test(options: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
+    """Evaluates the adapter that a side has kept, and the base model, on the test rows, of a task its accuracy too."""
     from loratune.adapter.attach import load_adapter
     from loratune.data.dataset import load_dataset
     from loratune.data.encode import Encoder
@@ -81,18 +124,27 @@ def test(model_name: str, folder: Path, name: str) -> dict[str, list[float]]:
     from loratune.ladder.plan import split_held_out
     from loratune.model.causal import CausalModel
     from loratune.model.load import load_model
+    from loratune.tasks.evaluation import evaluate_task
+    from loratune.tasks.model import TaskModel
+    from loratune.tasks.table import find_labels, task_of
 
-    model, tokenizer = load_model(model_name)
-    held_out = load_dataset(folder / "held.jsonl", Encoder(tokenizer, None))
+    task_type = SETTINGS[options.on].task_type
+    labels = find_labels(task_type, [str(folder / "train.jsonl")], None, None)
+    model, tokenizer = load_model(options.model, task_type=task_type, labels=labels.names, problem=labels.problem)
+    task: Any = task_of(task_type, model, tokenizer, labels)
+    held_out = load_dataset(folder / "held.jsonl", task or Encoder(tokenizer, None))
     rows = split_held_out(held_out, len(held_out))[1]
-    attached, causal = load_adapter(model, folder / name / "adapter"), CausalModel(model)
-    tuned = evaluate(causal, rows.documents, 2048)
+    attached = load_adapter(model, folder / name / "adapter")
+    runner: Any = TaskModel(model, task) if task else CausalModel(model)
+    judge: Any = evaluate_task if task else evaluate
+    tuned = judge(runner, rows.documents, 2048)
     with attached.disabled():
-        base = evaluate(causal, rows.documents, 2048)
-    return {
-        "losses": list(tuned.document_losses), "base": list(base.document_losses),
-        "labels": list(tuned.document_labels),
-    }  # fmt: skip
+        base = judge(runner, rows.documents, 2048)
+    found = {"losses": list(tuned.document_losses), "base": list(base.document_losses),
+             "labels": list(tuned.document_labels)}  # fmt: skip
+    if task:
+        found["figure"] = {"name": "accuracy", **tuned.scores.figures["accuracy"]._asdict()}
+    return found
 
 
 def report(options: argparse.Namespace, sides: dict[str, dict[str, Any]]) -> str:
@@ -100,16 +152,18 @@ def report(options: argparse.Namespace, sides: dict[str, dict[str, Any]]) -> str
     from loratune.evaluate.interval import bootstrap_ratio
 
     ours, labels = sides["ladder"], sides["ladder"]["labels"]
-    rows = ["| side | test loss (95%) | ladder less it, by row (95%) | seconds | memory |", "|---" * 5 + "|"]
+    figure = f" {ours['figure']['name']} (95%) |" if "figure" in ours else ""
+    rows = [f"| side | test loss (95%) | ladder less it, by row (95%) | seconds | memory |{figure}"]
+    rows.append("|---" * (5 + bool(figure)) + "|")
     base = bootstrap_ratio(ours["base"], labels)
-    rows.append(f"| base model | {base.value:.4f} ({base.low:.4f} to {base.high:.4f}) | | | |")
+    rows.append(f"| base model | {base.value:.4f} ({base.low:.4f} to {base.high:.4f}) | | | |{' |' if figure else ''}")
     for name, found in sides.items():
         own = bootstrap_ratio(found["losses"], labels)
         less = bootstrap_ratio([a - b for a, b in zip(ours["losses"], found["losses"])], labels)
         against = "" if found is ours else f"{less.value:+.4f} ({less.low:+.4f} to {less.high:+.4f})"
         rows.append(
             f"| {name} | {own.value:.4f} ({own.low:.4f} to {own.high:.4f}) | {against} | {found['seconds']:.0f} | "
-            f"{found['memory_bytes'] / 1e9:.2f} GB |"
+            f"{found['memory_bytes'] / 1e9:.2f} GB |" + _figure(found)
         )
     record, cost = ours["record"], ours["seconds"] / sides[RUNGS[-1]]["seconds"]
     decisions = [f"- step {each['step']}: {each['why']}" for each in record["decisions"]]
@@ -127,12 +181,16 @@ def report(options: argparse.Namespace, sides: dict[str, dict[str, Any]]) -> str
     )  # fmt: skip
 
 
+def _figure(found: dict[str, Any]) -> str:
+    return " {value:.3f} ({low:.3f} to {high:.3f}) |".format(**found["figure"]) if "figure" in found else ""
+
+
 def main(options: argparse.Namespace) -> None:
     """Runs what is missing, side by side, and writes the comparison."""
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "held.jsonl").exists():
-        write_rows(folder, options.rows, options.held_out)
+        write_rows(folder, SETTINGS[options.on].rows(options.rows, options.held_out))
     for name in SIDES:
         if (folder / f"{name}.json").exists():
             continue
@@ -152,12 +210,13 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default=MODELS["gemma"])
-    parser.add_argument("--name", default="ua_gec")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench-ladder"), metavar="DIR")
-    parser.add_argument("--rows", type=int, default=2400)
-    parser.add_argument("--held-out", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--on", default="ua_gec", choices=list(SETTINGS), help="what is trained; sets the defaults")
+    parser.add_argument("--model")
+    parser.add_argument("--name", help="of the files that are written")
+    parser.add_argument("--folder", type=Path, metavar="DIR")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--held-out", type=int)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, help="default: the one of loratune")
@@ -166,6 +225,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    setting = SETTINGS[chosen.on]
+    chosen.model, chosen.name = chosen.model or setting.model(), chosen.name or chosen.on
+    chosen.folder = chosen.folder or Path("runs") / f"bench-ladder-{chosen.on}"
+    chosen.rows, chosen.held_out = chosen.rows or setting.num_rows, chosen.held_out or setting.held_out
+    chosen.steps = chosen.steps or setting.steps
     if chosen.side:
         side = run_side(chosen, chosen.folder, chosen.side)
         (chosen.folder / f"{chosen.side}.json").write_text(json.dumps(side), "utf-8")

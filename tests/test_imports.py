@@ -18,7 +18,7 @@ _LEVELS = {
     # They read values and run directories, and nothing above imports them.
     "report": 8, "export": 8, "explain": 8, "serve": 8, "compat": 8,
     "plan": 9,
-    "prepare": 10, "outputs": 10, "api": 11, "demo": 12, "cli": 13,
+    "prepare": 10, "outputs": 10, "api": 11, "contest": 12, "demo": 12, "cli": 13,
 }  # fmt: skip
 # What a part may need beyond the standard library and loratune; elsewhere anything that pyproject.toml names.
 _THIRD_PARTIES = {
@@ -26,7 +26,7 @@ _THIRD_PARTIES = {
     "language": set[str](),
     "files": set[str](),
     "adapter": {"torch", "safetensors", "numpy"},
-    "data": {"numpy", "pyarrow", "datasets", "jinja2"},
+    "data": {"numpy", "pyarrow", "PIL", "datasets", "jinja2"},
 }
 
 

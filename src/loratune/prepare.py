@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.adapter.attach import Attached, attach
 from loratune.adapter.summary import coverage
+from loratune.data.dataset import Dataset
 from loratune.data.encode import Encoder
 from loratune.errors import ConfigError
 from loratune.evaluate.loss import evaluate
@@ -34,8 +35,9 @@ def load(config: RunConfig, notify: Callable[[str], None]) -> tuple[Attached, Pr
     task_type, data = lora.task_type or "CAUSAL_LM", config.data
     labels = find_labels(task_type, data.specs, data.format, data.columns)
     model, tokenizer = load_model(
-        config.model, task_type=task_type, labels=labels.names, problem=labels.problem, notify=notify
-    )
+        config.model, dtype=config.train.dtype, task_type=task_type, labels=labels.names, problem=labels.problem,
+        notify=notify,
+    )  # fmt: skip
     return attach(model, with_head(lora, model), seed=config.train.seed), tokenizer
 
 
@@ -46,15 +48,21 @@ def prepare(
     model: Any = attached.model
     data = config.data
     task = _task(attached, tokenizer, config)
-    num_ids = model.get_input_embeddings().num_embeddings
+    num_ids = None if task and not task.tokens else model.get_input_embeddings().num_embeddings
     encoder = task or Encoder(
         tokenizer, _context_length(model), train_on=data.train_on, long=data.long, num_ids=num_ids
     )
     training, validation = load_datasets(data, encoder, cache_root() / "tokens", notifier(on_event))
     if task is not None:
         task.check(training.documents, training.sources)
+    if task is not None and num_ids is not None:
         check_ids(num_ids, training, validation)
-    causal = TaskModel(model, task) if task else CausalModel(model, recompute=config.train.recompute)
+    keep_frozen, recompute = config.train.keep_frozen_mb * 10**6, config.train.recompute
+    causal = TaskModel(model, task) if task else CausalModel(model, recompute=recompute, keep_frozen=keep_frozen)
+    if task and keep_frozen:
+        causal.notes.append(
+            f"keep_frozen_mb changes nothing: a task ({attached.config.task_type}) runs its layers each time."
+        )
     for note in causal.notes:
         on_event({"event": "notice", "message": note})
     state = Run(
@@ -66,6 +74,7 @@ def prepare(
         train=training,
         validation=validation,
         identity=identity.identity(attached, tokenizer, config, training, validation)
+        | _files_of(task, training, validation)
         | ({"ladder": config.ladder.model_dump()} if config.ladder else {}),
         on_event=on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -83,6 +92,12 @@ def _task(attached: Attached, tokenizer: PreTrainedTokenizerBase, config: RunCon
     )  # fmt: skip
     heads.begin(attached.model, attached.adapter.saved, config.train.seed)
     return task
+
+
+def _files_of(task: Task | None, training: Dataset, validation: Dataset) -> dict[str, str]:
+    """Returns the digest of the files that a task's rows name, where they do."""
+    digest = task.digest(training.documents, validation.documents) if task else None
+    return {} if digest is None else {"files": digest}
 
 
 def begin_ladder(state: Run, config: RunConfig) -> None:

@@ -16,7 +16,7 @@ NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 def test_its_options_are_those_of_train_but_for_what_rungs_set() -> None:
     own, of_train = (inspect.signature(verb).parameters for verb in (ladder.ladder, train.train))
-    assert set(own) - set(of_train) == {"rungs", "price"}
+    assert set(own) - set(of_train) == {"rungs", "price", "together", "configs", "finalists"}
     assert set(of_train) - set(own) == {"preset", "r", "lora_alpha", "target_modules", "patience", "verify_resume"}
     assert all(own[name].annotation == of_train[name].annotation for name in own if name in of_train)
 

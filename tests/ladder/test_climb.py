@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 
 from ladder.tiny_ladder import Project, copying, make_climb, metrics, record, save_pretrained, switch_rows, untimed
 from loratune import api
@@ -18,7 +19,9 @@ from loratune.adapter import peft_format
 from loratune.errors import CheckpointError, ConfigError
 from loratune.ladder.climb import Climb
 from loratune.train import checkpoint, loop
+from loratune.train.config import load_run_config
 from loratune.train.loop import Run
+from tasks import toy_tasks as tasks
 from tiny_run import copy_rows, lines_of, tree
 
 STEPS = 64  # a look after 8 steps, trials of 4
@@ -410,3 +413,19 @@ def test_the_page_of_a_ladder_has_its_section_and_not_every_step_of_every_trial(
     page = run_page(whole, "en")
     assert "The ladder" in page and record(whole)["verdict"] in page
     assert ">arm<" not in page and ">decision<" not in page.replace("<th>decision<", "")
+
+
+def test_a_task_with_a_new_head_climbs_and_keeps_its_head(tmp_path: Path) -> None:
+    """Where a head of zeros would let nothing through, each rung begins with the head that was drawn for it."""
+    given = {
+        "model": str(tasks.save_model(tmp_path / "model")), "output": str(tmp_path / "run"),
+        "data.train": str(tasks.write(tmp_path / "train.jsonl", tasks.sentiment(200))),
+        "data.validation": str(tasks.write(tmp_path / "held.jsonl", tasks.sentiment(60, seed=1))),
+        "adapter.task_type": "SEQ_CLS", "train.epochs": 100.0, "train.max_steps": 80, "train.learning_rate": 0.01,
+    }  # fmt: skip
+    api.run(load_run_config(None, given, ladder=True))
+    found = record(tmp_path / "run")
+    assert found["decisions"] and found["test"]["final"]["loss"] < found["test"]["base"]["loss"]
+    config = PeftConfig.from_pretrained(str(tmp_path / "run" / "adapter"))
+    assert config.task_type == "SEQ_CLS"
+    assert any("classifier" in name for name in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))

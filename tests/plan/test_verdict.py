@@ -74,6 +74,17 @@ def test_each_change_is_what_the_run_with_it_takes(folder: Path, subject: Subjec
     assert found["preset: fast"].seconds == pytest.approx(estimate(subject, changed).seconds.total)
 
 
+def test_half_precision_weights_may_stay_as_they_are_stored(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    assert not any(change.what == "dtype: stored" for change in advise(subject, configured(folder), Limits(1, 1)).tried)
+    model = tiny_run.tiny_llama(hidden_size=64, intermediate_size=256, max_position_embeddings=512)
+    model.bfloat16().save_pretrained(tmp_path)
+    tiny_run.tokenizer().save_pretrained(tmp_path)
+    config = configured(folder, model=str(tmp_path))
+    half = subject_of(config, lambda message: None)
+    [found] = [change for change in advise(half, config, Limits(1, 1)).tried if change.what == "dtype: stored"]
+    assert estimate(half, config).memory.total - found.memory == 2 * half.base.num_parameters
+
+
 def test_where_one_change_is_not_enough_two_are_given(folder: Path, subject: Subject) -> None:
     config = configured(folder, adapter__preset="deep")
     tried = advise(subject, config, Limits(10**6, DISK)).tried

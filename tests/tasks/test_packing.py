@@ -8,21 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.adapter.attach import attach
-from loratune.adapter.config import LoraConfig
-from loratune.model import attention, heads
-from loratune.model.load import load_model
+from loratune.model import attention
 from loratune.model.prefixes import Segment
 from loratune.tasks.model import TaskModel
 from loratune.tasks.packing import sorted_packs
-from loratune.tasks.table import TASKS, task_of, with_head
-from tasks.test_other_tasks import rows_of
+from tasks.task_models import KINDS, prepared, rows_of, set_random
 from tasks.toy_tasks import alike, people, questions, save_model, sentiment
 
-KINDS = {
-    "SEQ_CLS": ("classification", sentiment), "TOKEN_CLS": ("tagging", people), "QUESTION_ANS": ("question", questions),
-    "FEATURE_EXTRACTION": ("pair", alike),
-}  # fmt: skip
+MAKE = {"SEQ_CLS": sentiment, "TOKEN_CLS": people, "QUESTION_ANS": questions, "FEATURE_EXTRACTION": alike}
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +27,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(base: Path, task_type: str, dropout: float) -> tuple[Any, Any, TaskModel]:
-    kind, make = KINDS[task_type]
-    rows = rows_of(kind, make(9))
-    labels = TASKS[task_type].find(rows, "rows.jsonl")
-    model, words = load_model(base, task_type=task_type, labels=labels.names, problem=labels.problem)
-    lora = LoraConfig(r=4, lora_dropout=dropout, task_type=task_type, target_modules="deep")
-    attached = attach(model, with_head(lora, model), seed=0)
-    task = task_of(task_type, model, words, labels)
-    heads.begin(model, attached.adapter.saved, 0)
-    generator = torch.Generator().manual_seed(1)
-    for _, parameter in attached.adapter.named_parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    assert task is not None
-    return attached, [each for result in task.encode_many(rows) for each in result], TaskModel(model, task)
+    rows = rows_of(KINDS[task_type], MAKE[task_type](9))
+    attached, examples, runner = prepared(task_type, base, rows, targets="deep", dropout=dropout)
+    set_random(attached)
+    return attached, examples, runner
 
 
 def step(attached: Any, examples: Any, runner: TaskModel, max_tokens: int) -> dict[str, torch.Tensor]:
@@ -65,7 +49,7 @@ def step(attached: Any, examples: Any, runner: TaskModel, max_tokens: int) -> di
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize(
     ("family", "task_type"),
-    [("bert", each) for each in KINDS] + [("roberta", "SEQ_CLS"), ("distilbert", "SEQ_CLS")],
+    [("bert", each) for each in MAKE] + [("roberta", "SEQ_CLS"), ("distilbert", "SEQ_CLS")],
 )
 def test_packed_gradients_are_those_of_padded_rows(family: str, task_type: str, dropout: float, bases: Path) -> None:
     attached, examples, runner = made(bases / family, task_type, dropout)

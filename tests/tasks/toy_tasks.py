@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -148,3 +149,49 @@ def alike(count: int, seed: int = 0, *, scored: bool = False) -> list[dict[str, 
         }
         rows.append({**pair, "score": float(first == second)} if scored else pair)
     return rows
+
+
+CLASSES = ("ground", "square", "disc")
+_COLOURS = np.array([[60, 120, 60], [200, 40, 40], [40, 60, 220]])
+_PREPROCESSOR = {
+    "do_resize": True, "size": {"height": 64, "width": 64}, "resample": 2, "do_rescale": True,
+    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225], "do_reduce_labels": False,
+}  # fmt: skip
+
+
+def save_segformer(folder: Path, seed: int = 0) -> Path:
+    """Writes a random SegFormer as MiT is stored, with a classifier and no decoding head; returns the folder."""
+    torch.manual_seed(seed)
+    shape = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]}
+    config = transformers.SegformerConfig(**shape, decoder_hidden_size=32, drop_path_rate=0.1, mlp_ratios=[2] * 4)
+    model = transformers.SegformerForImageClassification(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and parameter.ndim > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR), encoding="utf-8")
+    return folder
+
+
+def shapes(folder: Path, count: int, seed: int = 0, name: str = "rows.jsonl") -> Path:
+    """Writes images (arrays) of a square and a disc on the ground, their masks, and the rows that name them."""
+    generator = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "id2label.json").write_text(json.dumps(dict(enumerate(CLASSES))), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        height, width = generator.integers(48, 97, 2).tolist()
+        mask = np.zeros((height, width), np.uint8)
+        y, x = np.indices(mask.shape)
+        a, b, c, d = (generator.uniform(0.2, 0.8, 4) * [height, width, height, width]).tolist()
+        mask[(abs(y - a) < height / 6) & (abs(x - b) < width / 6)] = 1
+        mask[(y - c) ** 2 + (x - d) ** 2 < (min(height, width) / 5) ** 2] = 2
+        mask[:2] = 255  # an edge that nobody labelled
+        image = _COLOURS[np.where(mask == 255, 0, mask)] + generator.integers(-30, 31, (height, width, 3))
+        stem = f"{seed}-{number}"
+        np.save(folder / "images" / f"{stem}.npy", image.clip(0, 255).astype(np.uint8))
+        np.save(folder / "images" / f"{stem}-mask.npy", mask)
+        rows.append({"image": f"images/{stem}.npy", "mask": f"images/{stem}-mask.npy"})
+    return write(folder / name, rows)

@@ -105,9 +105,9 @@ def test_arguments_of_a_function_are_not_called_flags() -> None:
 
 
 UNKNOWN_TRAIN_KEYS = (
-    "epochs, max_steps, batch_size, micro_batch_tokens, recompute, learning_rate, warmup_steps, max_grad_norm, "
-    "weight_decay, lr_ratio, adam_beta1, adam_beta2, adam_epsilon, seed, eval_every, save_every, keep, "
-    "patience, allow_uneven"
+    "epochs, max_steps, batch_size, micro_batch_tokens, recompute, dtype, keep_frozen_mb, learning_rate, "
+    "warmup_steps, max_grad_norm, weight_decay, lr_ratio, adam_beta1, adam_beta2, adam_epsilon, seed, eval_every, "
+    "save_every, keep, patience, allow_uneven"
 )
 
 
@@ -260,6 +260,8 @@ train:
   batch_size: 8  # default
   micro_batch_tokens: 2048  # default
   recompute: false  # default
+  dtype: null  # default
+  keep_frozen_mb: 0  # default
   learning_rate: 0.0005  # run.yaml:3
   warmup_steps: null  # default
   max_grad_norm: 1.0  # default

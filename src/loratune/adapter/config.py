@@ -10,7 +10,8 @@ from typing import Any, Self
 from loratune.adapter.roles import PRESET_SETTINGS, PRESETS
 from loratune.errors import ConfigError
 
-TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEGMENTATION")
+_OWN_TASKS = ("SEGMENTATION",)  # that PEFT does not know
 BIASES = ("none", "all", "lora_only")
 ABOUT = "loratune.json"  # beside a run's adapter: what PEFT's two files have no place for
 INIT_NAMES = ("gaussian", "orthogonal", "pissa", "olora")
@@ -147,6 +148,7 @@ class LoraConfig:
             "peft_type": "LORA",
             "qalora_group_size": 16,
             "target_modules": sorted(target_modules),
+            "task_type": None if self.task_type in _OWN_TASKS else self.task_type,
         }
 
 

@@ -29,13 +29,25 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What the masks of one forward pass depend on."""
+    """What the masks of one forward pass depend on. alike: every layer sees as many tokens of one document as of
+    another, if not as many as others do: the stages of a model of images."""
 
     seed: int
     step: int
     spans: tuple[Span, ...]
     num_tokens: int
+    alike: bool = False
     _keys: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, num_tokens: int) -> "Noise | None":
+        """Returns the noise of a layer that sees so many tokens; None where it is not known which are whose."""
+        if num_tokens == self.num_tokens:
+            return self
+        share, rest = divmod(num_tokens, len(self.spans))
+        if rest or not self.alike:
+            return None
+        spans = tuple(Span(each.document, number * share, share) for number, each in enumerate(self.spans))
+        return Noise(self.seed, self.step, spans, num_tokens, _keys=self._keys)
 
     def dropped(self, site: int, width: int, p: float, device: torch.device) -> Tensor:
         """Returns the inputs of a site that are dropped, each with probability p, as `zero_` takes them: their

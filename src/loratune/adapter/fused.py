@@ -9,8 +9,9 @@ faster in float32 on a CPU (3.2 against 0.35 ms for T = 520, O = 2048, R = 8), g
 Shapes: T tokens, I inputs, O outputs, R rank; z and dz are held as (R, T).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,6 +19,22 @@ from torch.autograd.function import once_differentiable
 from loratune.adapter.dropout import Mask, zero_
 from loratune.adapter.factor import LowRank
 from loratune.adapter.hosts import Host
+
+
+class Fusible(Protocol):
+    """A frozen linear layer with low-rank updates on it, as a fused function computes it: see Linear.
+
+    A and B are those of all its updates, z what its backward pass needs of them. mask: of any of them.
+    """
+
+    @property
+    def mask(self) -> Mask | None: ...
+    def factors(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]: ...
+    def forward(self, x_TI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def backward(
+        self, x_TI: Tensor, z_RT: Tensor | None, A_RI: Tensor | None, B_OR: Tensor | None, g_TO: Tensor, *,
+        with_input: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...  # fmt: skip
 
 
 class Linear(NamedTuple):
@@ -41,8 +58,14 @@ class Linear(NamedTuple):
         y_TO = self.host.forward(self.base, x_TI)
         if self.factor is None or A_RI is None or B_OR is None:
             return y_TO, None
+        return y_TO, self.add(y_TO, x_TI, A_RI, B_OR)
+
+    def add(self, y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        """Adds the update to y, in place; returns z (R, T)."""
+        assert self.factor is not None
         z_RT = A_RI @ self._dropped(x_TI, None if self.mask is None else self.mask.draw()).T
-        return y_TO.addmm_(z_RT.T, B_OR.T, alpha=self.factor.scale * self._inverse_keep_rate), z_RT
+        y_TO.addmm_(z_RT.T, B_OR.T, alpha=self.factor.scale * self._inverse_keep_rate)
+        return z_RT
 
     def backward(
         self, x_TI: Tensor, z_RT: Tensor | None, A_RI: Tensor | None, B_OR: Tensor | None, g_TO: Tensor, *,
@@ -56,16 +79,21 @@ class Linear(NamedTuple):
         dx_TI = self.host.input_grad(self.base, g_TO) if with_input else None
         if self.factor is None or A_RI is None or B_OR is None or z_RT is None:
             return dx_TI, None, None
+        return dx_TI, *self.add_input_grad(dx_TI, x_TI, z_RT, A_RI, B_OR, g_TO)
+
+    def add_input_grad(
+        self, dx_TI: Tensor | None, x_TI: Tensor, z_RT: Tensor, A_RI: Tensor, B_OR: Tensor, g_TO: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the update's part to dx, in place, where it is asked for; returns (dA, dB)."""
+        assert self.factor is not None
         scale = self.factor.scale * self._inverse_keep_rate
         dz_RT = (B_OR.T @ g_TO.T).mul_(scale)
         dB_OR = (z_RT @ g_TO).mul_(scale).T
         dropped = None if self.mask is None else self.mask.draw()
         dA_RI = dz_RT @ self._dropped(x_TI, dropped)
-        if dx_TI is None:
-            return None, dA_RI, dB_OR
-        if dropped is None:
-            return dx_TI.addmm_(dz_RT.T, A_RI), dA_RI, dB_OR
-        return dx_TI.add_(zero_(dz_RT.T @ A_RI, dropped)), dA_RI, dB_OR
+        if dx_TI is not None:
+            _ = dx_TI.addmm_(dz_RT.T, A_RI) if dropped is None else dx_TI.add_(zero_(dz_RT.T @ A_RI, dropped))
+        return dA_RI, dB_OR
 
     @property
     def _inverse_keep_rate(self) -> float:
@@ -73,14 +101,14 @@ class Linear(NamedTuple):
 
     @staticmethod
     def _dropped(x_TI: Tensor, dropped: Tensor | None) -> Tensor:
-        return x_TI if dropped is None else zero_(x_TI.clone(), dropped)
+        return x_TI if dropped is None else zero_(x_TI.clone(memory_format=torch.contiguous_format), dropped)
 
 
 class _LoraLinear(Function):
     """One layer: y = W x + b + s B z, see Linear."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, linear: Linear) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, linear: Fusible) -> Tensor:
         y_TO, z_RT = linear.forward(x_TI, A_RI, B_OR)
         ctx.linear = linear
         ctx.save_for_backward(x_TI, z_RT, A_RI, B_OR)
@@ -92,7 +120,7 @@ class _LoraLinear(Function):
         return *ctx.linear.backward(*ctx.saved_tensors, g_TO, with_input=ctx.needs_input_grad[0]), None
 
 
-def lora_linear(linear: Linear, x: Tensor) -> Tensor:
+def lora_linear(linear: Fusible, x: Tensor) -> Tensor:
     """Returns W x + b + s B A dropout(x) for x (..., I), in the type of x; equals the plain path to rounding.
 
     The views stay outside: a function that returns a view cannot be followed by an in-place addition, which some models

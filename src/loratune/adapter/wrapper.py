@@ -16,17 +16,19 @@ from torch.func import functional_call
 from loratune.adapter.dropout import Mask, Noise
 from loratune.adapter.experts import plain_forward, standing_in
 from loratune.adapter.factor import LowRank
-from loratune.adapter.fused import Linear, lora_linear
+from loratune.adapter.fused import Fusible, Linear, lora_linear
 from loratune.adapter.hosts import LINEAR, Host
+from loratune.adapter.segments import Segments
 from loratune.adapter.variants import added, merged
 from loratune.errors import AdapterError
 
 
 @dataclass
 class Shared:
-    """What all wrappers of one model look at: whose rows are whose, and the dropout noise."""
+    """What all wrappers of one model look at: whose rows or tokens are whose, and the dropout noise."""
 
     rows: Mapping[str, Tensor] | None = None  # adapter name -> indices of the batch rows it serves
+    segments: Segments | None = None  # or the tokens of a batch that each of several adapters serves
     num_rows: int = 0
     noise: Noise | None = None  # None: dropout from torch's global generator
     num_sites: int = field(default=0)
@@ -71,6 +73,11 @@ class Adapted(Slot):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.shared.rows is not None:
             return self._by_rows(self.base(x, *args, **kwargs), x, self.shared.rows)
+        if self.shared.segments is not None:
+            linear = self.linear(_num_tokens(x), x.device)
+            if linear is not None:
+                return lora_linear(linear, x)
+            return self.shared.segments.added(self, x, self.base(x, *args, **kwargs))
         if len(self.active) == 1 and (linear := self.linear(_num_tokens(x), x.device)) is not None:
             return lora_linear(linear, x)
         frozen = y = self.base(x, *args, **kwargs)
@@ -78,13 +85,15 @@ class Adapted(Slot):
             y = y + added(self.host, self.base, factor, x, self.dropped(factor, x), frozen).to(y.dtype)
         return y
 
-    def linear(self, num_tokens: int, device: torch.device) -> Linear | None:
+    def linear(self, num_tokens: int, device: torch.device) -> Fusible | None:
         """Returns what a fused function needs to compute this layer for so many tokens, or None where none may: rows of
         several adapters, several factors, one that is not plain; a base that trains, is watched or has no such path."""
         if self.shared.rows is not None or len(self.active) > 1 or self.host.input_grad is None:
             return None
         if trains(self.base) or is_watched(self.base):
             return None
+        if self.shared.segments is not None:
+            return self.shared.segments.linear(self, num_tokens, device)
         factor: Any = self.active[0] if len(self.active) else None
         if factor is not None and not factor.is_plain:
             return None
@@ -108,8 +117,9 @@ class Adapted(Slot):
         """Returns the dropout of this site for an input of a shape (T, I), or None where nothing is dropped."""
         if not (self.training and factor.dropout and self.host.takes_dropout):
             return None
-        noise, (num_tokens, width) = self.shared.noise, shape
-        if noise is None or noise.num_tokens != num_tokens:
+        num_tokens, width = shape
+        noise = None if self.shared.noise is None else self.shared.noise.at(num_tokens)
+        if noise is None:
             noise = torch.rand(num_tokens, width, device=device) < factor.dropout
         return Mask(noise, self.site, width, factor.dropout, device)
 
@@ -123,7 +133,7 @@ def _num_tokens(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def linear_of(module: nn.Module, num_tokens: int, device: torch.device) -> Linear | None:
+def linear_of(module: nn.Module, num_tokens: int, device: torch.device) -> Fusible | None:
     """Returns what a fused function needs to compute a linear layer, adapted or not, or None: see `Adapted.linear`."""
     if isinstance(module, Adapted):
         return module.linear(num_tokens, device)
@@ -170,7 +180,7 @@ class AdaptedWeights(Wrapper):
         return self.slots[key]  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.shared.rows is not None:
+        if self.shared.rows is not None or self.shared.segments is not None:
             raise AdapterError(
                 f"rows: a {type(self.base).__name__} computes all rows with one weight, so it cannot serve each row "
                 "its own adapter. Run each adapter's rows apart."

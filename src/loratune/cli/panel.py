@@ -259,7 +259,8 @@ def plain(event: Event) -> str:
 def _start_line(event: Event) -> str:
     return (
         f"start: {event['num_steps']:,} steps over {event['num_documents']:,} documents, "
-        f"{event['num_tokens']:,} tokens, {event['num_label_tokens']:,} of them trained on"
+        f"{event['num_tokens']:,} tokens, {event['num_label_tokens']:,} "
+        + ("of them trained on" if event["num_label_tokens"] <= event["num_tokens"] else "labels")  # pixels, say
     )
 
 

@@ -1,11 +1,11 @@
-"""Parquet and Arrow files, a batch of rows at a time."""
+"""Parquet and Arrow files, a batch of rows at a time; numbers of labels that a file names are given as their names."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from loratune.data.strict_json import MAX_ROW_BYTES, TOO_LONG
+from loratune.data.strict_json import MAX_ROW_BYTES, TOO_LONG, parse_value
 from loratune.errors import ConfigError, DataError
 
 _BATCH_ROWS = 256
@@ -20,8 +20,10 @@ def read_arrow(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     from pyarrow import ArrowException
 
     try:
-        names, batches = KINDS[path.suffix](path)
-    except (ArrowException, ValueError) as error:  # names of columns may not be UTF-8
+        schema, batches = KINDS[path.suffix](path)
+        names: list[str] = schema.names
+        labels = _class_labels(schema.metadata)
+    except (ArrowException, ValueError, DataError) as error:  # names of columns may not be UTF-8
         raise ConfigError(f"cannot read {path} as a {path.suffix} file: {spoken(error)}.") from error
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{path}: the column {min(twice)!r} stands twice; rename one of the two.")
@@ -30,9 +32,39 @@ def read_arrow(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
         for batch in batches:
             for row in _batch_rows(batch):
                 number += 1
-                yield number, row
+                yield number, row if isinstance(row, DataError) or not labels else _named(row, labels)
     except (ArrowException, OSError, ValueError) as error:
         yield number + 1, DataError(f"from here on the file cannot be read: {spoken(error)}.")
+
+
+def _class_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Returns the names of the numbers in columns of labels, as the `datasets` library writes them into a schema."""
+    stored = (metadata or {}).get(b"huggingface")
+    features = _under(parse_value(stored.decode()) if stored else None, "info", "features")
+    found: dict[str, list[str]] = {}
+    for column, feature in features.items() if isinstance(features, dict) else ():
+        while (inner := _under(feature, "feature")) is not None:  # a list's
+            feature = inner
+        if _under(feature, "_type") == "ClassLabel" and isinstance(names := _under(feature, "names"), list):
+            found[column] = [str(name) for name in names]
+    return found
+
+
+def _under(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _named(row: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
+    return {column: _name(value, labels[column]) if column in labels else value for column, value in row.items()}
+
+
+def _name(value: Any, names: list[str]) -> Any:
+    """Returns the names of numbers; of -1, which stands for no label, and others without a name, the number."""
+    if isinstance(value, list):
+        return [_name(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def spoken(error: Exception) -> str:
@@ -69,15 +101,15 @@ def _present(value: Any) -> Any:
     return value
 
 
-def _parquet(path: Path) -> tuple[list[str], Iterator[Any]]:
+def _parquet(path: Path) -> tuple[Any, Iterator[Any]]:
     from pyarrow import parquet
 
     # A buffer size makes it read page by page; a whole row group may be larger than memory.
     file = parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    return file.schema_arrow.names, file.iter_batches(_BATCH_ROWS)
+    return file.schema_arrow, file.iter_batches(_BATCH_ROWS)
 
 
-def _arrow(path: Path) -> tuple[list[str], Iterator[Any]]:
+def _arrow(path: Path) -> tuple[Any, Iterator[Any]]:
     """Arrow's file format, or its stream format, which the `datasets` library writes."""
     import pyarrow
     from pyarrow import ipc
@@ -86,10 +118,10 @@ def _arrow(path: Path) -> tuple[list[str], Iterator[Any]]:
     if source.read(6) == b"ARROW1":
         file = ipc.open_file(source)
         batches = (file.get_batch(index) for index in range(file.num_record_batches))
-        return file.schema.names, _sliced(batches)
+        return file.schema, _sliced(batches)
     source.seek(0)
     stream = ipc.open_stream(source)
-    return stream.schema.names, _sliced(stream)
+    return stream.schema, _sliced(stream)
 
 
 def _sliced(batches: Any) -> Iterator[Any]:
@@ -99,4 +131,4 @@ def _sliced(batches: Any) -> Iterator[Any]:
             yield batch.slice(start, _BATCH_ROWS)
 
 
-KINDS: dict[str, Callable[[Path], tuple[list[str], Iterator[Any]]]] = {".parquet": _parquet, ".arrow": _arrow}
+KINDS: dict[str, Callable[[Path], tuple[Any, Iterator[Any]]]] = {".parquet": _parquet, ".arrow": _arrow}

@@ -1,6 +1,7 @@
 """The formats of rows: the columns by which each is known, and how its rows become one of the canonical kinds.
 
-Canonical kinds: messages, prompt_completion, text; for tasks classification, tagging, question, pair, source_target.
+Canonical kinds: messages, prompt_completion, text; for tasks classification, tagging, question, pair,
+source_target, segmentation.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,10 @@ _PROMPTS = ("prompt", "query", "input", "instruction", "question", "problem")
 _COMPLETIONS = ("completion", "response", "answer", "output", "target", "targets", "solution")
 
 _ABSENT = (None, "")  # tables have no other way to leave a cell out
-KINDS = ("messages", "prompt_completion", "text", "classification", "tagging", "question", "pair", "source_target")
+KINDS = (
+    "messages", "prompt_completion", "text", "classification", "tagging", "question", "pair", "source_target",
+    "segmentation",
+)  # fmt: skip
 
 Value = tuple[str, dict[str, Any]]  # the canonical kind, and its value
 
@@ -106,6 +110,11 @@ def _source_target(row: dict[str, Any]) -> Value:
     return "source_target", {key: as_text(row[key], key) for key in ("source", "target")}
 
 
+def _segmentation(row: dict[str, Any]) -> Value:
+    """Files, relative to that of the rows."""
+    return "segmentation", {key: as_text(row[key], key) for key in ("image", "mask")}
+
+
 FORMATS: dict[str, Format] = {
     "prompt_completion": Format(talk.prompt_completion, {"prompt": _PROMPTS, "completion": _COMPLETIONS}),
     "messages": Format(talk.messages, {"messages": ("messages",)}, {"tools": ("tools",)}),
@@ -140,4 +149,7 @@ FORMATS: dict[str, Format] = {
         {"score": ("score", "similarity"), "label": ("label",)},
     ),
     "source_target": Format(_source_target, {"source": ("source", "src"), "target": ("target", "tgt")}),
+    "segmentation": Format(
+        _segmentation, {"image": ("image",), "mask": ("mask", "annotation", "label", "segmentation_map")}
+    ),
 }

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from loratune.errors import ConfigError, DataError
+from loratune.model.decode import decoding
 
 _PADDING_AWARE = ("eager", "sdpa")  # attention of transformers itself that always builds a mask from the padding
 
@@ -161,7 +162,8 @@ def _plain_decoder(model: PreTrainedModel) -> Generator[None]:
         model.generation_config = GenerationConfig()
         if attention not in _PADDING_AWARE:
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        yield
+        with decoding(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -100,7 +100,10 @@ def class_f1(sums: Counts) -> NDArray[np.float64]:
 
 def macro_f1(sums: Counts) -> NDArray[np.float64]:
     """The mean F1 of the classes that are predicted or there, as scikit-learn has it."""
-    each = class_f1(sums)
+    return _mean_where_defined(class_f1(sums))
+
+
+def _mean_where_defined(each: NDArray[np.float64]) -> NDArray[np.float64]:
     there = np.isfinite(each)
     return _divide(np.where(there, each, 0).sum(-1), there.sum(-1).astype(np.float64))
 
@@ -172,6 +175,36 @@ def class_table(counts: Counts, names: Sequence[str]) -> list[dict[str, Any]]:
 def defined(value: float) -> float | None:
     """Returns a figure, or None for one that is not defined: JSON has no NaN."""
     return value if math.isfinite(value) else None
+
+
+def pixel_counts(predicted: NDArray[np.integer[Any]], true: NDArray[np.integer[Any]], num_classes: int) -> Counts:
+    """Returns (3 C,) of the pixels (P,) of an image: of each class both, predicted, true."""
+    parts = (true[predicted == true], predicted, true)
+    return np.concatenate([np.bincount(each, minlength=num_classes) for each in parts]).astype(np.float64)
+
+
+def class_iou(sums: Counts) -> NDArray[np.float64]:
+    """Intersection over union of each class, both / (predicted + true - both), (..., C); NaN for one that is nowhere
+    (Everingham et al. 2010)."""
+    both, predicted, true = _split(sums)
+    return _divide(both, predicted + true - both, math.nan)
+
+
+def mean_iou(sums: Counts) -> NDArray[np.float64]:
+    """The mean intersection over union of the classes that are predicted or there."""
+    return _mean_where_defined(class_iou(sums))
+
+
+def iou_table(counts: Counts, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns for each class its pixels, intersection over union and accuracy; None where there is nothing to divide
+    by."""
+    both, predicted, true = _split(counts.sum(0))
+    shares = {"iou": class_iou(counts.sum(0)), "accuracy": _divide(both, true, math.nan)}
+    return [
+        {"class": name, "pixels": int(true[k]), "predicted": int(predicted[k])}
+        | {key: defined(float(each[k])) for key, each in shares.items()}
+        for k, name in enumerate(names)
+    ]
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from loratune.export.plan import Group, Operation, Plan, make_plan
 from loratune.export.task import export_task, require_space
 from loratune.export.tensors import FLOATS, Entry, shard_names, write_file, write_index
 from loratune.model.load import Source, resolve
+from loratune.tasks.judge import task_beside
 from loratune.tasks.table import TASKS
 
 Notify = Callable[[str], None]
@@ -53,7 +54,7 @@ def export_merged(
     _check(output, dtype)
     say = notify or _silent
     value = peft_format.read(adapter)
-    if value.config.task_type in TASKS:  # with a head that the base's files lack: merged in memory
+    if task_beside(adapter, value.config.task_type) in TASKS:  # with a head that its files lack: in memory
         return export_task(
             adapter, output, model=model, dtype=dtype, accept_loss=accept_loss, dry_run=dry_run, notify=notify
         )

@@ -17,10 +17,11 @@ from loratune.export.loss import loss_report
 from loratune.model import heads
 from loratune.model.load import DTYPES, Notify, load_model, no_progress_bar, resolve
 from loratune.tasks.embed import POOLING, pooling_of
-from loratune.tasks.judge import labels_beside
+from loratune.tasks.judge import labels_beside, task_beside
 
 _LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}  # of the largest output
 _PROBE_IDS = tuple(range(5, 13))
+_PROBE_SIZE = 64, 96
 
 
 def export_task(
@@ -40,7 +41,7 @@ def export_task(
     something else; nothing is left behind then.
     """
     value = peft_format.read(adapter)
-    task_type, name = value.config.task_type or "", model or value.config.base_model_name_or_path
+    task_type, name = task_beside(adapter, value.config.task_type) or "", model or value.config.base_model_name_or_path
     if not name:
         raise ConfigError(f"{adapter / peft_format.CONFIG} names no base model. Give it with --model.")
     labels = labels_beside(adapter)
@@ -107,7 +108,10 @@ def _verified(folder: Path, task_type: str, wanted: Tensor) -> float:
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> Tensor:
-    """Returns what a model computes of a few tokens, flat and float32."""
+    """Returns what a model computes of a few tokens, or of a small image, flat and float32."""
+    if model.main_input_name == "pixel_values":
+        pixels = torch.rand(1, 3, *_PROBE_SIZE, generator=torch.Generator().manual_seed(0))
+        return model(pixel_values=pixels.to(model.device, model.dtype)).logits.flatten().float().cpu()
     embedding: Any = model.get_input_embeddings()
     ids = torch.tensor([[each % embedding.num_embeddings for each in _PROBE_IDS]], device=model.device)
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}

@@ -21,6 +21,7 @@ from loratune.ladder import plan, standing
 from loratune.ladder.plan import Lengths, Rung
 from loratune.ladder.standing import Standing
 from loratune.ladder.trial import Arm, difference, judged, train_arm
+from loratune.model import heads
 from loratune.train import checkpoint, loop, schedule, watch
 from loratune.train.config import LadderConfig
 from loratune.train.loop import Run
@@ -282,6 +283,7 @@ def _check_top(run: Run, rungs: Sequence[Rung]) -> None:
     """Proves now, not after hours, that every layer of the top rung reaches the loss; leaves the first attached."""
     first = standing.take(run, 0, 0)
     standing.place(run, rungs[-1].config)
+    heads.begin(run.attached.model, run.attached.adapter.saved, run.config.seed)  # a head of zeros lets nothing through
     uneven = coverage(run.attached.model, run.attached.adapter).uneven
     if uneven and not run.config.allow_uneven and not run.attached.config.layers_to_transform:
         raise ConfigError(

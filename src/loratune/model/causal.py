@@ -21,6 +21,7 @@ from loratune.adapter.wrapper import Adapted, Slot, unwrapped
 from loratune.data.encode import Document
 from loratune.data.pack import length_groups, micro_batches
 from loratune.model import attention, prefixes
+from loratune.model.frozen import Frozen, stack_of
 from loratune.model.layers import Blocks
 from loratune.model.loss import HeadShape, label_loss, loss_memory
 
@@ -63,19 +64,22 @@ class CausalModel:
     """A causal language model made ready for documents. `notes` says what could not be done the fast way, and why.
 
     With `recompute`, gate and up of blocks run as one function are computed again in the backward pass: about half the
-    activation memory for about an eighth more time.
+    activation memory for about an eighth more time. `keep_frozen`: bytes in which to keep what the layers below the
+    first adapted one make of rows.
     """
 
-    def __init__(self, model: nn.Module, *, recompute: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, recompute: bool = False, keep_frozen: int = 0) -> None:
         self.model = model
         self.notes: list[str] = []
         self._attention_before = getattr(model.config, "_attn_implementation", None)
         self.shares = False
         self.blocks: Blocks | None = None
+        self.frozen: Frozen | None = None
         self.packs = self._probe_packing()
         self.shares = self.packs and self._probe_sharing()
         if self.packs:
             self._probe_blocks(recompute)
+        self.frozen = self._frozen(keep_frozen) if keep_frozen else None
         self._shape = self._probe_head()
         self._memory: Tensor | None = None
 
@@ -85,6 +89,7 @@ class CausalModel:
 
     def close(self) -> None:
         """Gives the model the attention and the layers' forwards it had before."""
+        self.frozen = None
         if self.blocks is not None:
             self.blocks.close()
         if getattr(self.model.config, "_attn_implementation", None) != self._attention_before:
@@ -152,9 +157,10 @@ class CausalModel:
     def hidden(self, batch: Batch) -> Tensor:
         """Runs the trunk; returns what the head sees at the predicting positions, (n, H)."""
         trunk: Any = self.model.base_model
-        blocks = self.blocks
+        blocks, frozen = self.blocks, self.frozen
         with (
             attention.packed_row() if batch.packed else nullcontext(),
+            nullcontext() if frozen is None else frozen.standing_in(batch.inputs),
             nullcontext() if blocks is None else blocks.only(batch.predicting),
         ):
             states: Tensor = trunk(**batch.inputs, use_cache=False).last_hidden_state
@@ -276,6 +282,19 @@ class CausalModel:
         if not (same and blocks.num_used == len(blocks.found) > 0):
             blocks.close()
             self.blocks = None
+
+    def _frozen(self, max_bytes: int) -> Frozen | None:
+        """Returns what keeps the states below the first adapted layer, or None, and notes why."""
+        trunk: Any = self.model.base_model
+        stack = stack_of(trunk, [block.layer for block in self.blocks.found]) if self.blocks else None
+        frozen = None if stack is None else Frozen(trunk, stack, max_bytes)
+        if frozen is not None and frozen.depth:
+            return frozen
+        reason = (
+            "its layers have no known structure" if frozen is None else "no layer stands below the first adapted one"
+        )
+        self.notes.append(f"{type(self.model).__name__}: keep_frozen_mb changes nothing, {reason}.")
+        return frozen
 
     def _refuse_packing(self, reason: str) -> bool:
         self.model.set_attn_implementation(self._attention_before)  # type: ignore[operator]

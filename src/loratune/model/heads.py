@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
+    AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -25,7 +26,9 @@ CLASSES: dict[str, Any] = {
     "QUESTION_ANS": AutoModelForQuestionAnswering,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": AutoModel,
+    "SEGMENTATION": AutoModelForSemanticSegmentation,
 }
+IMAGES = ("SEGMENTATION",)  # tasks of models that read images
 _NEW = "_loratune_new"  # on a model: the paths of its new modules
 
 
@@ -116,8 +119,10 @@ def begin(model: nn.Module, saved: dict[str, nn.Module], seed: int) -> None:
                 device_free._init_weights(module)
 
 
-def complete(model: PreTrainedModel, tokenizer: Any) -> None:
+def complete(model: PreTrainedModel, tokenizer: Any, task_type: str) -> None:
     """Gives a classifier on a decoder, which reads the last token that is no padding, a padding token to know it by."""
+    if task_type not in CLASSES:
+        return
     config: Any = model.config.get_text_config()
     if getattr(config, "pad_token_id", None) is None:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -29,7 +29,7 @@ class Blocks:
     def __init__(self, model: nn.Module, settings: dict[nn.Module, Settings], recompute: bool = False) -> None:
         self.recompute = recompute
         self.num_used = 0  # calls that ran as one function
-        self.found = [block for layer in model.modules() if (block := _block_of(layer, settings)) is not None]
+        self.found = [block for layer in model.modules() if (block := block_of(layer, settings)) is not None]
         stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         self._ends = {stack[-1] for stack in stacks if len(stack)}
         self._rows: Tensor | None = None
@@ -78,7 +78,7 @@ def _plan(block: Block, x: Tensor, kwargs: dict[str, Any], recompute: bool, rows
     if x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64) or block.layer.training:
         return None
     modules = block.modules()
-    if any(is_watched(module) for module in modules) or not _has_its_norms(block):
+    if is_changed(block, modules):
         return None
     linears = tuple(linear_of(module, x.shape[1], x.device) for module in modules[:7])
     if any(linear is None for linear in linears):
@@ -88,10 +88,13 @@ def _plan(block: Block, x: Tensor, kwargs: dict[str, Any], recompute: bool, rows
     return Plan(block, linears, Rotary(cos, sin), segments, recompute, None if dropped else rows)  # type: ignore[arg-type]
 
 
-def _has_its_norms(block: Block) -> bool:
-    """Whether the norms are still those that were looked at (a saved module may have taken one's place), and frozen."""
+def is_changed(block: Block, modules: list[nn.Module]) -> bool:
+    """Whether somebody waits for one of a block's modules to be called, or a norm is not the one that was looked at (a
+    saved module may have taken its place) or trains."""
     owners = {id(child) for part in (block.layer, block.layer.self_attn) for child in part.children()}
-    return all(id(norm.module) in owners and not trains(norm.module) for norm in block.norms())
+    if any(id(norm.module) not in owners or trains(norm.module) for norm in block.norms()):
+        return True
+    return any(is_watched(module) for module in modules)
 
 
 def norms_of(layer: nn.Module) -> tuple[str | None, ...] | None:
@@ -107,7 +110,7 @@ def norms_of(layer: nn.Module) -> tuple[str | None, ...] | None:
     return _ORDERS.get(frozenset(children)) if known else None
 
 
-def _block_of(layer: Any, settings: dict[nn.Module, Settings]) -> Block | None:
+def block_of(layer: Any, settings: dict[nn.Module, Settings]) -> Block | None:
     """Returns the block of a layer of a known structure, or None."""
     order = norms_of(layer)
     taken = "forward" in layer.__dict__  # by accelerate, or by another CausalModel: it stays

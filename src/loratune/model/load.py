@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from transformers import (
 from transformers.utils import logging
 
 from loratune.errors import ConfigError
-from loratune.model import embedded, gguf, heads
+from loratune.model import embedded, gguf, heads, narrow
+from loratune.model.images import Images
 
 Notify = Callable[[str], None]
 
@@ -33,6 +34,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "auto": "auto",  # as stored
+    "stored": "stored",  # in memory; on a CPU computed with as float32: see model.narrow
 }
 # Gemma 3 text models share the tokenizer of the multimodal ones, with one token that their embedding has no row for.
 SURPLUS_TOKENS = frozenset({"<image_soft_token>"})
@@ -180,12 +182,13 @@ def load_model(
     problem: str | None = None,
     notify: Notify | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model, frozen and in eval mode, with its tokenizer.
+    """Loads a base model, frozen and in eval mode, with its tokenizer, or, where it reads images, its `Images`.
 
     `labels` are the classes of a task's head, in order, and `problem` is transformers' problem_type; a head that the
     weights lack is zero until `heads.begin`.
     `device` is cuda where there is one, else cpu; `dtype` is the stored type, but float32 on a CPU, where
-    bfloat16 arithmetic is mostly slower. `model.name_or_path` is what PEFT and transformers can load again.
+    bfloat16 arithmetic is mostly slower. "stored" computes the same there, with weights of half the memory.
+    `model.name_or_path` is what PEFT and transformers can load again.
     Raises ConfigError for an unknown model, task or type, for missing, damaged or non-finite weights, and for
     a tokenizer with more tokens than the embedding has rows.
     """
@@ -193,18 +196,20 @@ def load_model(
     place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(dtype, place)
     source = resolve(name, notify)
-    tokenizer = tokenizer_of(source)
+    images = Images.of(source.path) if task_type in heads.IMAGES else None
+    tokenizer: Any = images or tokenizer_of(source)
     model = _weights(task, source, dtype, notify, heads.settings(source.path, task_type, labels, problem))
-    if task_type in heads.CLASSES:
-        heads.complete(model, tokenizer)
     check_finite(model)
-    check_vocabulary(model, tokenizer)
+    if images is None:
+        heads.complete(model, tokenizer, task_type)
+        check_vocabulary(model, tokenizer)
     model.name_or_path = model.config._name_or_path = source.name
     try:
         model.to(place)  # pyright: ignore[reportArgumentType]  # transformers decorates `to`
     except RuntimeError as error:
         raise ConfigError(f"cannot put {source.name} on {place}: {_first_line(error)}") from error
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    return narrow.narrow(model) if dtype == "stored" else model, tokenizer
 
 
 def load_tokenizer(name: str | Path, *, notify: Notify | None = None) -> PreTrainedTokenizerBase:
@@ -233,7 +238,7 @@ def _device(wish: str) -> torch.device:
 
 
 def _dtype(wish: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
-    if wish is None:
+    if wish is None or (wish == "stored" and device.type != "cpu"):
         return torch.float32 if device.type == "cpu" else "auto"
     return wish if isinstance(wish, torch.dtype) else _known("dtype", wish, DTYPES)
 
@@ -242,8 +247,10 @@ def _weights(
     task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None, settings: dict[str, Any]
 ) -> PreTrainedModel:
     _refuse_programs(source.path)
+    is_narrow = dtype == "stored"
+    dtype = torch.float32 if is_narrow else dtype
     try:
-        with no_progress_bar():
+        with no_progress_bar(), narrow.as_stored() if is_narrow else nullcontext():
             model, report = task.from_pretrained(
                 source.path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_NOTHING_RUN, **settings
             )

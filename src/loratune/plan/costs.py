@@ -28,11 +28,13 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Base:
-    """A base model's shapes. sizes: (outputs, inputs) of each linear layer but the head; is_blocks: whether every layer
-    runs as one function; heads: query heads over all layers; contexts: N D over all layers."""
+    """A base model's shapes. stored: the type of its files; sizes: (outputs, inputs) of each linear layer but the head;
+    is_blocks: whether every layer runs as one function; heads: query heads over all layers; contexts: N D over all
+    layers."""
 
     model: nn.Module
     dtype: torch.dtype  # that it computes in
+    stored: torch.dtype
     device: torch.device
     num_parameters: int
     sizes: dict[str, tuple[int, int]]
@@ -55,7 +57,7 @@ class Base:
         return self.dtype.itemsize
 
 
-def base_of(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Base:
+def base_of(model: nn.Module, dtype: torch.dtype, device: torch.device, stored: torch.dtype = torch.float32) -> Base:
     """Reads the shapes of a plain model, which may be on the meta device."""
     shapes = facts.of(model, dtype)
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()  # pyright: ignore
@@ -70,6 +72,7 @@ def base_of(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Base:
     return Base(
         model=model,
         dtype=dtype,
+        stored=stored,
         device=device,
         num_parameters=shapes.num_parameters,
         sizes=sizes,
@@ -136,8 +139,9 @@ class Costs:
         return self.token_flops * work.tokens + self.label_flops * work.labels + self.square_flops * work.squares
 
 
-def costs_of(base: Base, adapter: Adapter, *, recompute: bool) -> Costs:
-    """Returns what an adapter on a model costs; the adapter's tensors may be on the meta device."""
+def costs_of(base: Base, adapter: Adapter, *, recompute: bool, as_stored: bool = False) -> Costs:
+    """Returns what an adapter on a model costs; the adapter's tensors may be on the meta device. as_stored: whether the
+    base's weights stay in memory as they are stored."""
     size, factors = base.bytes_per_float, {path: _numbers(each) for path, each in adapter.factors.items()}
     head_numbers = factors.pop(base.head, 0) if base.head else 0
     whole_head = base.head in adapter.saved
@@ -153,7 +157,7 @@ def costs_of(base: Base, adapter: Adapter, *, recompute: bool) -> Costs:
     head_weights = base.vocabulary * base.hidden if base.head else 0
     of_head = base.vocabulary * (base.hidden if whole_head else adapter.factors[base.head].rank if head_numbers else 0)  # pyright: ignore
     return Costs(
-        weights=base.num_parameters * size,
+        weights=base.num_parameters * (base.stored.itemsize if as_stored else size),
         num_trained=adapter.num_parameters(),
         kept=(kept - late_floats) * size,
         kept_long=2 * base.contexts * size,

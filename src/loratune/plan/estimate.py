@@ -54,8 +54,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak. held: Python, libraries, tokenizer and rows; trained: numbers, gradients, moments; step: what
-    the largest micro-batch keeps, and its loss."""
+    """Bytes at the peak. held: Python, libraries, tokenizer, rows and what is kept of frozen layers; trained: numbers,
+    gradients, moments; step: what the largest micro-batch keeps, and its loss."""
 
     held: int
     weights: int
@@ -111,7 +111,7 @@ def subject_of(config: RunConfig, notify: Notify) -> Subject:
     """
     device = load._device("cuda" if torch.cuda.is_available() else "cpu")
     bones = skeleton(config.model, notify)
-    base = base_of(bones.model, torch.float32 if device.type == "cpu" else bones.dtype, device)
+    base = base_of(bones.model, torch.float32 if device.type == "cpu" else bones.dtype, device, bones.dtype)
     source = load.resolve(config.model, notify)
     tokenizer = load.tokenizer_of(source)
     begun = time.perf_counter()
@@ -147,12 +147,12 @@ def attached_skeleton(subject: Subject, config: RunConfig) -> Generator[Attached
 
 
 def _estimate(subject: Subject, config: RunConfig, adapter: Adapter) -> Estimate:
-    costs = costs_of(subject.base, adapter, recompute=config.train.recompute)
+    costs = costs_of(subject.base, adapter, recompute=config.train.recompute, as_stored=config.train.dtype == "stored")
     todo = work.of_training(subject.rows, config.train, cutter(subject.base, adapter))
     steps_per_epoch = -(-len(subject.rows) // config.train.batch_size)
     evaluations = work.num_evaluations(todo.num_steps, steps_per_epoch, config.train.eval_every)
     return Estimate(
-        memory=_memory(subject, costs, todo),
+        memory=_memory(subject, costs, todo, config.train.keep_frozen_mb * 10**6),
         seconds=_seconds(subject, costs, todo, evaluations, config),
         disk=_disk(subject, costs, config.train.keep),
         work=todo,
@@ -169,11 +169,13 @@ def cutter(base: Base, adapter: Adapter) -> Cut:
     return lambda documents, max_tokens: work.packed(documents, max_tokens, share=share)
 
 
-def _memory(subject: Subject, costs: Costs, todo: Work) -> Memory:
+def _memory(subject: Subject, costs: Costs, todo: Work, keep_frozen: int) -> Memory:
     """The peak is in a step; or, where even the shortest rows are long, in the proof of the loss before the first."""
+    tokens = int(subject.rows.lengths.sum() + subject.validation.lengths.sum())
+    states = min(keep_frozen, tokens * subject.base.hidden * subject.base.bytes_per_float)
     proof = costs.own_loss * _second_shortest(subject.rows)
     held = 0 if subject.base.device.type == "cuda" else subject.machine.held_bytes
-    return Memory(held, costs.weights, costs.trained, max(costs.step_bytes(todo.largest), proof))
+    return Memory(held + states, costs.weights, costs.trained, max(costs.step_bytes(todo.largest), proof))
 
 
 def _second_shortest(rows: Dataset) -> int:

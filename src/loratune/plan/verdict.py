@@ -105,6 +105,8 @@ def _memory_options(subject: Subject, config: RunConfig, limits: Limits) -> Iter
     smaller = _micro_batches(subject, config, limits)
     if smaller is not None:
         yield _Option(f"micro_batch_tokens: {smaller}", {"train": {"micro_batch_tokens": smaller}})
+    if subject.base.stored.itemsize < subject.base.dtype.itemsize and config.train.dtype != "stored":
+        yield _Option("dtype: stored", {"train": {"dtype": "stored"}})
     if subject.base.is_blocks and not config.train.recompute and not config.adapter.use_dora:
         yield _Option("recompute: true", {"train": {"recompute": True}})
     half = int(subject.rows.lengths.max()) // 2

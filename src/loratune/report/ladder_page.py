@@ -10,12 +10,13 @@ from typing import Any
 
 from loratune.report.charts import NUM_COLOURS, Series, line_chart
 from loratune.report.figures import tag
-from loratune.report.ladder_texts import TEXTS, change, losses_on_test_rows, verdict, why
+from loratune.report.ladder_texts import TEXTS, best_of, change, losses_on_test_rows, verdict, why
 
 _RECORD = "ladder.json"
 # Events that the section tells of, or that a step back has undone.
 SHOWN_THERE = ("arm", "rung", "decision", "abandoned_step", "abandoned_evaluation")
 _COLUMNS = ("rung", "parameters", "steps", "step_seconds", "memory", "change")
+_TOGETHER = ("configuration", "parameters", "dropped", "held_out", "above")
 
 
 def section(folder: Path, language: str = "en") -> str:
@@ -24,6 +25,8 @@ def section(folder: Path, language: str = "en") -> str:
     if not file.is_file():
         return ""
     record, text = json.loads(file.read_bytes()), TEXTS[language]
+    if record.get("kind") == "together":
+        return _together(record, language)
     all_steps = record["steps"] + record["overhead_steps"]
     cost = text["cost"].format(
         steps=record["overhead_steps"], all=all_steps, seconds=f"{record['overhead_seconds']:.1f}"
@@ -66,12 +69,78 @@ def _shown(value: Any, write: Callable[[Any], str]) -> str:
 
 def terminal(record: Mapping[str, Any], width: int = 80) -> str:
     """Returns the table, the verdict and the test as plain text."""
-    text = TEXTS["en"]
-    rows = [[text[name] for name in _COLUMNS], *rung_rows(record)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    text, is_climb = TEXTS["en"], record.get("kind") != "together"
+    names, body = (_COLUMNS, rung_rows(record)) if is_climb else (_TOGETHER[:-1], configuration_rows(record))
+    rows = [[text[name] for name in names], *(row[: len(names)] for row in body)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     lines = [_aligned(row, widths) for row in rows]
-    told = (verdict(record), losses_on_test_rows(record))
+    told = (verdict(record) if is_climb else best_of(record), losses_on_test_rows(record))
     return "\n".join(["", *lines, "", *(textwrap.fill(part, width) for part in told)])
+
+
+def configuration_rows(record: Mapping[str, Any], language: str = "en") -> list[list[str]]:
+    """Returns a row of the table for each of many configurations, the last to be dropped first; the best one: *."""
+    text = TEXTS[language]
+    ranked = sorted(
+        record["configurations"], key=lambda each: (-(each["dropped"] or math.inf), each["loss"] or math.inf)
+    )
+    return [
+        [
+            each["name"] + (" *" if each["name"] == record["chosen"] else ""),
+            f"{each['parameters']:,}",
+            _shown(each["dropped"], text["failed_at" if each["failure"] else "lost_at"].replace("{step}", "{}").format),
+            _shown(each["loss"], lambda loss, of=each: _with_interval(loss, of["low"], of["high"], text)),
+            _shown(each["difference"], lambda difference: change(difference, language)),
+        ]
+        for each in ranked
+    ]
+
+
+def _with_interval(value: float, low: float, high: float, text: Mapping[str, str]) -> str:
+    return text["interval"].format(value=f"{value:.4f}", low=f"{low:.4f}", high=f"{high:.4f}")
+
+
+def _together(record: Mapping[str, Any], language: str) -> str:
+    """The section of a contest: the best one, all of them, loss against size, what was decided, the test."""
+    text, others = TEXTS[language], [name for name in record["survivors"] if name != record["chosen"]]
+    kept = text["kept"].format(chosen=record["chosen"], others=", ".join(others)) if others else ""
+    rows = text["rows_together"].format(validation=record["validation_rows"], test=record["test_rows"])
+    cost = text["for_all"].format(**{**record, "seconds": f"{record['seconds']:.1f}"})
+    decisions = [[str(each["step"]), why(each, language)] for each in record["decisions"]]
+    return "".join(
+        (
+            tag("h2", text["together"]),
+            tag("p", f"{best_of(record, language)} {kept}".rstrip(), class_="verdict"),
+            _table([text[name] for name in _TOGETHER], configuration_rows(record, language)),
+            _by_size(record["configurations"], text),
+            tag("p", losses_on_test_rows(record, language)),
+            _table([text["step"], text["decision"]], decisions) if decisions else "",
+            tag("p", f"{rows} {cost}", class_="note"),
+        )
+    )
+
+
+def _by_size(configurations: Sequence[Mapping[str, Any]], text: Mapping[str, str]) -> str:
+    """The best loss of every configuration over the logarithm of its parameters."""
+    known = [each for each in configurations if each["loss"] is not None]
+    smallest = min(each["parameters"] for each in known)
+    series = [
+        Series(
+            name=text[name],
+            points=[(math.log2(each["parameters"] / smallest), each["loss"]) for each in some],
+            colour=colour,
+            lined=False,
+            intervals=[(each["low"], each["high"]) for each in some],
+        )
+        for colour, (name, some) in enumerate(
+            (
+                ("to_the_end", [each for each in known if each["dropped"] is None]),
+                ("dropped_early", [each for each in known if each["dropped"] is not None]),
+            )
+        )
+        if some
+    ]
+    return _drawn(series, text, "by_size")
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -84,10 +153,14 @@ def _figure(record: Mapping[str, Any], text: Mapping[str, str]) -> str:
     """Quality against cost: the loss of each trial's arms over the logarithm of their parameters."""
     trials = [each for each in record["decisions"] if "arms" in each]
     series = [_line(each, trials[0]["arms"][0]["parameters"], colour, text) for colour, each in enumerate(trials)]
+    return _drawn(series, text, "figure")
+
+
+def _drawn(series: Sequence[Series], text: Mapping[str, str], name: str) -> str:
     keys = "".join(tag("span", class_=f"key k{each.colour % NUM_COLOURS}") + escape(each.name) for each in series)
-    caption = tag("figcaption", raw=escape(text["figure"]) + tag("span", raw=keys, class_="keys"))
-    drawing = line_chart(series, text["figure"], text["doublings"])
-    return tag("figure", raw=caption + drawing) + tag("p", text["figure_note"], class_="note")
+    caption = tag("figcaption", raw=escape(text[name]) + tag("span", raw=keys, class_="keys"))
+    drawing = line_chart(series, text[name], text["doublings"])
+    return tag("figure", raw=caption + drawing) + tag("p", text[f"{name}_note"], class_="note")
 
 
 def _line(decision: Mapping[str, Any], first: int, colour: int, text: Mapping[str, str]) -> Series:

@@ -224,7 +224,8 @@ def _rows(run: RunFiles, text: Mapping[str, str]) -> str:
     splits = [line for line in run.ledger if "rows_in" in line]
     if not splits:
         return ""
-    columns = {"rows_in": "rows_in", "rows_trained": "rows_trained", "held_out": "held_out_rows", "rejected": "rejected"}
+    names = ("rows_in", "rows_trained", "held_out", "rejected")
+    columns = {name: "held_out_rows" if name == "held_out" else name for name in names}
     counts = [[text[line["split"]], *(f"{line.get(name, 0):,}" for name in columns)] for line in splits]
     notes = [
         [f"{text[line['split']]}: {name}", f"{note['count']:,}", "\n".join(note["examples"])]

@@ -89,7 +89,8 @@ def judge(
     first. Raises ConfigError for adapters of different tasks, bases or labels, AdapterError and DataError.
     """
     adapters = {name: peft_format.read(folder) for name, folder in folders.items()}
-    task_type = _same("task", [asked.task_type, *(each.config.task_type for each in adapters.values())]) or "CAUSAL_LM"
+    known = [task_beside(folders[name], each.config.task_type) for name, each in adapters.items()]
+    task_type = _same("task", [asked.task_type, *known]) or "CAUSAL_LM"
     base = asked.model or _same("base model", [each.config.base_model_name_or_path for each in adapters.values()])
     if base is None:
         raise ConfigError("no base model is known: the adapter's own record names none. Give it with --model.")
@@ -134,12 +135,21 @@ def _labels(folders: Sequence[Path], asked: Question, task_type: str) -> Labels:
 
 def labels_beside(folder: Path) -> Labels:
     """Returns the labels that were written beside an adapter; none where another tool wrote it."""
+    about = _about(folder)
+    return Labels(tuple(about.get("labels") or ()), about.get("problem"))
+
+
+def task_beside(folder: Path, named: str | None) -> str | None:
+    """Returns the task that an adapter's own configuration names, else the one that was written beside it."""
+    return named or _about(folder).get("task_type")
+
+
+def _about(folder: Path) -> dict[str, Any]:
     file = folder / ABOUT
     try:
-        about = json.loads(file.read_bytes()) if file.is_file() else {}
-        return Labels(tuple(about.get("labels") or ()), about.get("problem"))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{file} is damaged, so the labels' names are not known: {error}.") from error
+        return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged, so the task and its labels are not known: {error}.") from error
 
 
 def _rows(spec: str, encoder: Any, asked: Question) -> Dataset:

@@ -96,7 +96,7 @@ def find_classes(rows: Iterable[Row], data: str) -> Labels:
         raise DataError(f"{data}: no row can be read, so there are no labels. See `loratune data check`.")
     if kind != "list" and numeric and fractions:
         return Labels(("value",), REGRESSION)
-    return Labels(_names(seen, data, first or data), MULTI if kind == "list" else SINGLE)
+    return Labels(checked_names(seen, data, first or data), MULTI if kind == "list" else SINGLE)
 
 
 def find_tags(rows: Iterable[Row], data: str) -> Labels:
@@ -105,11 +105,12 @@ def find_tags(rows: Iterable[Row], data: str) -> Labels:
     for row in rows:
         first = first or row.where
         seen.update(row.value.get("tags", ()))
-    names = _names(seen, data, first or data)
+    names = checked_names(seen, data, first or data)
     return Labels(tuple(sorted(names, key=lambda name: name != "O")))
 
 
-def _names(seen: Mapping[Any, int], data: str, first: str) -> tuple[str, ...]:
+def checked_names(seen: Mapping[Any, int], data: str, first: str) -> tuple[str, ...]:
+    """Returns the names of labels in their order; raises DataError for a single one, and for more than labels have."""
     names = {name_of(each): each for each in seen}
     if len(names) < 2:
         raise DataError(

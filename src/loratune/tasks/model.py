@@ -82,6 +82,8 @@ class TaskModel:
     def batch(self, documents: Sequence[Document], keys: Sequence[int]) -> TaskBatch:
         """Makes a micro-batch of examples; `keys` name them for the dropout masks."""
         examples = cast(Sequence[Example], documents)
+        if (made := self.task.batch(examples, keys)) is not None:
+            return made
         width = max(self.task.extent(example) for example in examples)
         owners = np.repeat(np.arange(len(examples)), [example.num_labels for example in examples])
         rows = [row for example in examples for row in self.task.rows(example)]

@@ -1,4 +1,7 @@
-"""The tasks by PEFT's names, and what the front door asks of them."""
+"""The tasks by PEFT's names, and what the front door asks of them.
+
+SEGMENTATION is a name of ours: PEFT has none, and its files say null.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from loratune.tasks.answer import Answer
 from loratune.tasks.classify import Classify
 from loratune.tasks.embed import Embed, find_scores
 from loratune.tasks.labels import Find, Labels, find_classes, find_tags, fit, labels_of, no_labels, rows_of
+from loratune.tasks.segment import Segment, find_masks
 from loratune.tasks.tag import Tag
 from loratune.tasks.task import Task
 from loratune.tasks.translate import Translate
@@ -36,6 +40,7 @@ TASKS: dict[str, Entry] = {
     "QUESTION_ANS": Entry(Answer, no_labels, True, "question-answering"),
     "SEQ_2_SEQ_LM": Entry(Translate, no_labels, False, "text2text-generation"),
     "FEATURE_EXTRACTION": Entry(Embed, find_scores, False, "sentence-similarity"),
+    "SEGMENTATION": Entry(Segment, find_masks, True, "image-segmentation"),
 }
 
 

@@ -1,5 +1,6 @@
 """What a task decides: how its rows become examples, what the loss of the model's outputs is, and what is measured."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from loratune.evaluate.samples import Sample
 from loratune.tasks.labels import Labels
 
 _SAID = ("where", "predicted", "label", "probability")  # of a record
+_NOTHING = re.compile(r"(?!)")  # found nowhere
 IGNORED = -100  # the target of a position without a loss, as transformers has it
 
 
@@ -66,6 +68,7 @@ class Task(ABC):
 
     kinds: ClassVar[tuple[str, ...]]  # of rows
     packs: ClassVar[bool] = True  # whether rows may run packed, where the model is an encoder
+    tokens: ClassVar[bool] = True  # whether rows are tokens of a vocabulary
     cuts_freely: ClassVar[bool] = True  # whether any cut of a step into micro-batches gives the same gradient
 
     def __init__(
@@ -74,7 +77,7 @@ class Task(ABC):
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.labels, self.max_tokens = model, tokenizer, labels, max_tokens
         self.long, self.train_on, self.batch_size = long, train_on, batch_size
-        self.special = Marks.of(tokenizer).pattern
+        self.special = Marks.of(tokenizer).pattern if self.tokens else _NOTHING
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,10 @@ class Task(ABC):
         """Raises DataError where the training examples, as they were split, cannot teach the task."""
         return
 
+    def digest(self, *examples: Sequence[Any]) -> str | None:
+        """Returns the sha256 of what the rows name besides what stands in them, for a resumed run to be the same."""
+        return None
+
     # ---- model -------------------------------------------------------------------------------------------------------
 
     def cut(self, documents: Sequence[Document], max_tokens: int) -> list[list[int]]:
@@ -145,6 +152,10 @@ class Task(ABC):
     def inputs(self, examples: Sequence[Example], width: int) -> dict[str, Any]:
         """Returns what the model takes besides its rows."""
         return {}
+
+    def batch(self, examples: Sequence[Example], keys: Sequence[int]) -> TaskBatch | None:
+        """Returns a micro-batch of what is not rows of tokens; None for those."""
+        return None
 
     @abstractmethod
     def losses(self, outputs: Any, batch: TaskBatch) -> Tensor:

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 Preset = Literal["fast", "quality", "deep", "expert"]
 Format = Literal[
     "prompt_completion", "messages", "text", "sharegpt", "alpaca",
-    "classification", "tagging", "question", "pair", "source_target",
+    "classification", "tagging", "question", "pair", "source_target", "segmentation",
 ]  # fmt: skip
 TrainOn = Literal["completion", "all", "last"]
 Long = Literal["stop", "drop", "split"]
 Bias = Literal["none", "all", "lora_only"]
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+Dtype = Literal["float32", "stored"]
+TaskType = Literal[
+    "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEGMENTATION",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,15 @@ class TrainConfig(_Section):
     """How long, how fast and how often.
 
     `batch_size` is documents per optimizer step; `micro_batch_tokens` changes memory only, never the result beyond
-    rounding. `recompute` halves what is kept for the backward pass, for about an eighth more time. `learning_rate`
-    None: 5e-4 up to 4e9 parameters, 3e-4 above. `warmup_steps` None: 5% of the steps, at least 1. `lr_ratio` multiplies
-    the rate of B (LoRA+). `max_steps` ends the run early; `keep` is how many checkpoints stay; `patience` ends a run
-    after so many evaluations without a new best (None: the whole run is done, and the best is kept all the same);
-    `allow_uneven` lets a target that exists in some layers only be trained.
+    rounding. `recompute` halves what is kept for the backward pass, for about an eighth more time. `dtype`: the base's
+    weights are float32 in memory, or "stored", as in its files: half of that for bfloat16, and computed with as float32
+    on a CPU, for a few hundredths more time (None: float32 on a CPU, as stored elsewhere). `keep_frozen_mb`: megabytes
+    in which to keep, from the first epoch on, what the layers below the first adapted one (`layers_to_transform`) make
+    of each row; 0: it is computed each time. `learning_rate` None: 5e-4 up to 4e9 parameters, 3e-4 above.
+    `warmup_steps` None: 5% of the steps, at least 1. `lr_ratio` multiplies the rate of B (LoRA+). `max_steps` ends the
+    run early; `keep` is how many checkpoints stay; `patience` ends a run after so many evaluations without a new best
+    (None: the whole run is done, and the best is kept all the same); `allow_uneven` lets a target that exists in some
+    layers only be trained.
     """
 
     epochs: Positive = 1.0
@@ -156,6 +163,8 @@ class TrainConfig(_Section):
     batch_size: Count = 8
     micro_batch_tokens: Count = 2048
     recompute: Switch = False
+    dtype: Annotated[Dtype, Expected("float32 or stored")] | None = None
+    keep_frozen_mb: CountOrZero = 0
     learning_rate: LearningRate | None = None
     warmup_steps: CountOrZero | None = None
     max_grad_norm: Positive = 1.0

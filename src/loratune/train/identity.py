@@ -15,6 +15,7 @@ from loratune.adapter.attach import Attached
 from loratune.adapter.fingerprint import fingerprint
 from loratune.data.dataset import Dataset
 from loratune.errors import CheckpointError
+from loratune.model.images import Images
 from loratune.train.checkpoint import Checkpoint
 from loratune.train.config import RunConfig
 
@@ -55,6 +56,8 @@ def _digest(text: str) -> str:
 
 def _tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(tokenizer, Images):
+        return _digest(json.dumps(tokenizer.settings, sort_keys=True))
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return _digest(content + str(tokenizer.chat_template))
 
