@@ -162,6 +162,11 @@ def test_a_broken_folder_is_refused(damage, message: str, folder: Path) -> None:
         load_model(folder, device="cpu")
 
 
+def test_a_task_that_the_family_has_no_model_for_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no SEQ_2_SEQ_LM model of the family llama; it has CAUSAL_LM, FEATURE_EXTR"):
+        load_model(folder, device="cpu", task_type="SEQ_2_SEQ_LM")
+
+
 def test_large_finite_weights_are_no_infinity() -> None:
     layer = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(layer.weight, 3e38)

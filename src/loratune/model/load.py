@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -243,10 +244,24 @@ def _dtype(wish: str | torch.dtype | None, device: torch.device) -> str | torch.
     return wish if isinstance(wish, torch.dtype) else _known("dtype", wish, DTYPES)
 
 
+def _check_family(task: Any, config: Any) -> None:
+    """Raises ConfigError where transformers has no model of this family for a task, and says for which it has one."""
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family not in CONFIG_MAPPING:
+        return  # what is wrong with it, `from_pretrained` says
+    able = {name for name, auto in (TASKS | heads.CLASSES).items() if CONFIG_MAPPING[family] in auto._model_mapping}
+    wished = next(name for name, auto in (TASKS | heads.CLASSES).items() if auto is task)
+    if able and wished not in able:
+        raise ConfigError(
+            f"transformers has no {wished} model of the family {family}; it has {', '.join(sorted(able))}. "
+            "Take one of these tasks, or a model of another family."
+        )
+
+
 def _weights(
     task: Any, source: Source, dtype: str | torch.dtype, notify: Notify | None, settings: dict[str, Any]
 ) -> PreTrainedModel:
-    _refuse_programs(source.path)
+    _check_family(task, _safe_config(source.path))
     is_narrow = dtype == "stored"
     dtype = torch.float32 if is_narrow else dtype
     try:
@@ -267,8 +282,8 @@ def _weights(
     return model
 
 
-def _refuse_programs(folder: Path) -> None:
-    """Raises ConfigError for weights in pickles, and for a configuration with a kernel that would be fetched to run."""
+def _safe_config(folder: Path) -> Any:
+    """Returns config.json; raises ConfigError for weights in pickles, and where it names a kernel to be fetched."""
     safe, pickles = zip(_WEIGHTS, _INDEXES, strict=True)
     if any((folder / name).is_file() for name in pickles) and not any((folder / name).is_file() for name in safe):
         raise ConfigError(
@@ -282,6 +297,7 @@ def _refuse_programs(folder: Path) -> None:
     for key, value in _entries(config):
         if key.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
             raise ConfigError(f"{folder / 'config.json'}: {key} is {value!r}: code to be fetched and run. Remove it.")
+    return config
 
 
 def _entries(value: Any) -> Generator[tuple[str, Any]]:
