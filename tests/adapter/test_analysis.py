@@ -141,3 +141,9 @@ def test_a_direction_that_is_only_rounding_does_not_count_in_the_amplification()
     A, B, W = random(1, 7), random(5, 1, seed=1), random(5, 7, seed=2)
     twice = LowRank(torch.cat([A, A * (1 + 1e-15)]), torch.cat([B, B], 1), 0.5)  # rank 2 by its shape, 1 in truth
     assert amplification(twice, W) == pytest.approx(amplification(LowRank(A, B, 1.0), W), rel=1e-9)
+
+
+def test_an_update_where_the_weight_has_nothing_is_amplified_without_end() -> None:
+    factor = LowRank(random(2, 7) / 100, random(5, 2, seed=1) / 100, 1.0)
+    assert amplification(factor, torch.zeros(5, 7)) == math.inf
+    assert amplification(LowRank(factor.A.detach(), torch.zeros(5, 2), 1.0), torch.zeros(5, 7)) == 0.0

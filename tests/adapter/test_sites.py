@@ -14,6 +14,7 @@ from loratune.adapter.attach import Attachments, attach
 from loratune.adapter.config import LoraConfig
 from loratune.adapter.factor import TokenRows
 from loratune.adapter.sites import find, saved_paths
+from loratune.adapter.wrapper import lookup
 from loratune.errors import AdapterError, ConfigError
 from oracles import same_state, state_of
 
@@ -230,3 +231,31 @@ def test_all_linear_leaves_out_what_tying_will_adapt() -> None:
     plain = find(model, LoraConfig(r=2, target_modules="all-linear"))
     tying = find(model, LoraConfig(r=2, target_modules="all-linear", ensure_weight_tying=True))
     assert [site.path for site in plain] == ["body", "turn"] and [site.path for site in tying] == ["body"]
+
+
+def test_rows_are_trained_of_an_embedding_only() -> None:
+    model = nn.ModuleDict({"emb": nn.Embedding(6, 4), "body": nn.Linear(4, 4)})
+    with pytest.raises(ConfigError, match="trainable_token_indices: body is a Linear, not an Embedding"):
+        attach(model, LoraConfig(r=2, target_modules=["emb"], trainable_token_indices={"body": [1]}))
+
+
+def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="0 has 2 groups, which do not divide r=3"):
+        attach(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), LoraConfig(r=3, target_modules=["0"]))
+
+
+def test_a_path_that_is_not_there_is_named() -> None:
+    with pytest.raises(AttributeError, match=r"Sequential has no module '0\.weights'"):
+        lookup(nn.Sequential(nn.Linear(2, 2)), "0.weights")
+
+
+def test_the_same_seed_draws_the_same_gaussian_A() -> None:
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="gaussian")
+    first, second = (attach(nn.Sequential(nn.Linear(4, 4)), config, seed=5).adapter.factors["0"].A for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_merged_layer_is_as_frozen_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    merged = attach(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True)).merge()
+    assert not any(parameter.requires_grad for parameter in merged.parameters())

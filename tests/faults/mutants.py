@@ -39,7 +39,7 @@ MAX_SECONDS = 120.0  # of tests for one mutant, by their time on the code as it 
 ENDS = {0: "survived", 5: "empty"}  # pytest's exit codes; 5: every test of the files is left out
 # Code -> the tests of its area.
 AREAS: dict[str, list[str]] = {
-    "adapter": ["adapter", "compat", "parity", "export"],
+    "adapter": ["adapter", "compat", "parity", "export", "report/test_adapter_reports.py"],
     "train/loop.py": ["train/test_loop.py", "faults/test_nonfinite.py", "faults/test_memory.py", "train/test_resume.py",
                       "train/test_watch.py", "faults/test_sabotage.py", "faults/test_crash.py"],
     "train/checkpoint.py": ["train/test_checkpoint.py", "faults/test_checkpoint_faults.py", "train/test_resume.py",
