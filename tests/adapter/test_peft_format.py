@@ -351,3 +351,11 @@ def test_the_order_in_which_safetensors_wrote_a_header_does_not_show(tmp_path: P
     turned = json.dumps(dict(reversed(json.loads(data[8 : 8 + length]).items()))).encode()
     other = len(turned).to_bytes(8, "little") + turned + data[8 + length :]
     assert peft_format._sorted_header(data) == peft_format._sorted_header(other)
+
+
+def test_the_configuration_says_what_peft_does_by_itself(tmp_path: Path) -> None:
+    attach(FAMILIES["llama"](), LoraConfig(r=2, target_modules=["q_proj"])).save(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["inference_mode"] is True
+    for off in (None, False):
+        assert LoraConfig.from_peft({**config, "use_bdlora": off}, "a").r == 2

@@ -1,5 +1,6 @@
 """Targets: every wish that cannot be met is one clear error with nothing changed; what is met is what PEFT selects."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -259,3 +260,13 @@ def test_a_merged_layer_is_as_frozen_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
     merged = attach(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True)).merge()
     assert not any(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_a_swap_takes_the_other_configuration_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    one, other = (
+        attach(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"]), seed=0)
+        for alpha in (2, 8)
+    )
+    one.swap(copy.deepcopy(other.adapter))
+    assert one.config.lora_alpha == 8 and one.adapter.factors["0"].scale == 4

@@ -254,3 +254,9 @@ def test_a_template_may_change_the_blanks_of_what_it_is_given() -> None:
     messages = [{"role": "user", "content": "2 +\n2?"}, ANSWER]
     [document] = Encoder(tokenizer, None).encode(Row("f", 1, "messages", {"messages": messages}))
     assert "2 + 2?" in tokenizer.decode(document.input_ids.tolist())
+
+
+def test_a_template_that_ends_no_turn_leaves_the_end_of_sequence_alone() -> None:
+    tokenizer = build(replace(FAMILIES["chatml"], template=NO_END))
+    encoder = Encoder(tokenizer, None)
+    assert encoder.turn_ends() == {encoder.eos_id}

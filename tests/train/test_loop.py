@@ -151,7 +151,9 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path: Path) -> None:
     run.course.start = lambda before, batch_size: None  # pyright: ignore
     run.course.untuned = 1.0
     loop.train(run)
-    message = lines_of(run.output / loop.METRICS, "notice")[-1]["message"]
+    notices = lines_of(run.output / loop.METRICS, "notice")
+    assert all(isinstance(each["message"], str) for each in notices)  # and none where there is nothing to say
+    message = notices[-1]["message"]
     assert message.startswith("nothing was learnt: the best held-out loss") and "the untuned model's 1.0000" in message
 
 
