@@ -247,7 +247,7 @@ def _dtype(wish: str | torch.dtype | None, device: torch.device) -> str | torch.
 def _check_family(task: Any, config: Any) -> None:
     """Raises ConfigError where transformers has no model of this family for a task, and says for which it has one."""
     family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in CONFIG_MAPPING:
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
         return  # what is wrong with it, `from_pretrained` says
     able = {name for name, auto in (TASKS | heads.CLASSES).items() if CONFIG_MAPPING[family] in auto._model_mapping}
     wished = next(name for name, auto in (TASKS | heads.CLASSES).items() if auto is task)
