@@ -14,16 +14,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import machine, wait_until_idle
+from run import machine, run_sides
 from work import MODELS
 
 HERE = Path(__file__).resolve().parent
@@ -191,14 +189,7 @@ def main(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "held.jsonl").exists():
         write_rows(folder, SETTINGS[options.on].rows(options.rows, options.held_out))
-    for name in SIDES:
-        if (folder / f"{name}.json").exists():
-            continue
-        if not options.now:
-            wait_until_idle()
-        subprocess.run([sys.executable, *sys.argv, "--side", name], check=True)
-        print(f"{time.strftime('%H:%M')} {name}: done", flush=True)
-    sides = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in SIDES}
+    sides = run_sides(folder, list(SIDES), options.now)
     results = HERE / "ladder"
     results.mkdir(exist_ok=True)
     stored = {"machine": machine(), "options": {**vars(options), "folder": None}, "sides": sides}

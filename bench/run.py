@@ -143,6 +143,18 @@ def run(command: list[str]) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def run_sides(folder: Path, names: list[str], now: bool) -> dict:
+    """Runs this script again for each side whose NAME.json is not in the folder yet; returns all of them by name."""
+    for name in names:
+        if (folder / f"{name}.json").exists():
+            continue
+        if not now:
+            wait_until_idle()
+        subprocess.run([sys.executable, *sys.argv, "--side", name], check=True)
+        print(f"{time.strftime('%H:%M')} {name}: done", flush=True)
+    return {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in names}
+
+
 def suite(name: str, repeats: int) -> None:
     path = RESULTS / f"{name}.json"
     stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": {}}

@@ -11,13 +11,10 @@ interrupted goes on where it stopped. Writes bench/ladder/NAME.json and NAME.md.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from run import machine, wait_until_idle
+from run import machine, run_sides
 from work import MODELS
 
 from ladder import sentence_rows, write_rows
@@ -110,14 +107,7 @@ def main(options: argparse.Namespace) -> None:
     if not (folder / "held.jsonl").exists():
         write_rows(folder, sentence_rows(options.rows, options.held_out))
     names = [*JOINT, *configurations(options, folder)]
-    for name in names:
-        if (folder / f"{name}.json").exists():
-            continue
-        if not options.now:
-            wait_until_idle()
-        subprocess.run([sys.executable, *sys.argv, "--side", name], check=True)
-        print(f"{time.strftime('%H:%M')} {name}: done", flush=True)
-    sides = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in names}
+    sides = run_sides(folder, names, options.now)
     apart = {name: furthest(folder, name) for name in names if name not in JOINT}
     results = HERE / "ladder"
     results.mkdir(exist_ok=True)

@@ -450,3 +450,10 @@ def test_what_has_one_copy_for_all_is_refused(project: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="configuration b: it trains biases or whole modules, of which"):
         contest.run(tmp_path / "run", resolve(None, _given(project, tmp_path / "run"), file)[1], 2, lambda event: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_one_adapter_s_frozen_layers_is_refused(project: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"model: {project}\ndata: {{train: rows.jsonl}}\ntrain: {{keep_frozen_mb: 100}}\n")
+    with pytest.raises(ConfigError, match=r"keep_frozen_mb .* has no meaning with --together"):
+        resolve(settings, {"output": str(tmp_path / "run")}, None)

@@ -233,6 +233,13 @@ def with_class_7(path: Path, mask: Any) -> None:
     np.save(path, mask)
 
 
+def claiming_a_terapixel(path: Path, mask: Any) -> None:
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(mask.tobytes())
+
+
 def to_png(folder: Path) -> None:
     rows = [row.value for row in read_rows(folder / "rows.jsonl")]
     rows[2]["image"] = "images/x.png"
@@ -259,6 +266,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (
         changed("mask", lambda path, mask: np.save(path, np.array([{}]), allow_pickle=True)), "is no array that numpy",
     ),
+    "a header that lies": (changed("mask", claiming_a_terapixel), "is no array that numpy saved: cannot reshape"),
     "cut short": (
         changed("image", lambda path, _: path.write_bytes(path.read_bytes()[:500])), f"{ROW}",
     ),

@@ -76,9 +76,15 @@ def mask(content: bytes, path: Path) -> Mask:
 
 
 def _array(content: bytes, path: Path) -> npt.NDArray[Any]:
-    """Returns what a .npy file holds; objects, which would be pickles, are refused by numpy."""
+    """Returns what a .npy file holds, as the bytes that are there: numpy's own reader makes an array of whatever size
+    the header claims, and reads objects, which are pickles."""
+    stream, numpy = io.BytesIO(content), np.lib.format
     try:
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        major = numpy.read_magic(stream)[0]
+        read = numpy.read_array_header_1_0 if major == 1 else numpy.read_array_header_2_0
+        shape, by_columns, dtype = read(stream)
+        values = np.frombuffer(content, dtype, offset=stream.tell())
+        return values.reshape(shape, order="F" if by_columns else "C").copy()  # not read-only
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{path} is no array that numpy saved: {str(error).splitlines()[0]}.") from error
 

@@ -35,6 +35,8 @@ def resolve(
     for key, flag in _NOT_HERE.items():
         if getattr(base.config.train, key.partition(".")[2]) is not None:
             raise ConfigError(f"{key.partition('.')[2]} ({flag}) has no meaning with --together: leave it out.")
+    if base.config.train.keep_frozen_mb:
+        raise ConfigError("keep_frozen_mb is of one adapter's frozen layers and has no meaning with --together.")
     if base.config.adapter.task_type != "CAUSAL_LM":
         raise ConfigError(f"--together trains CAUSAL_LM only, not {base.config.adapter.task_type}.")
     entries = _grid(base.config.train.learning_rate) if configurations is None else _read(configurations)

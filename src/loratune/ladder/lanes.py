@@ -62,21 +62,9 @@ def _add_gradients(
 
 
 def _update(run: Run, documents: Sequence[Document], loss: float) -> dict[str, Any] | str:
-    """Clips, checks and updates as `loop.train_step` does, but a loss that is not finite is this lane's own matter."""
+    """Ends a step as `loop.train_step` does, but a loss that is not finite is this lane's own matter."""
     norm = float(run.optimizer.clip())
     if not (math.isfinite(loss) and math.isfinite(norm)):
         run.optimizer.clear()
         return f"step {run.step + 1}: loss {loss} with gradient norm {norm} is not finite"
-    learning_rate = run.learning_rate()
-    with run.gates.update(run.step, learning_rate, documents):
-        run.optimizer.step(learning_rate)
-    run.step += 1
-    return {
-        "step": run.step,
-        "epoch": run.step / run.steps_per_epoch,
-        "loss": loss,
-        "grad_norm": norm,
-        "learning_rate": learning_rate,
-        "num_tokens": sum(document.num_tokens for document in documents),
-        "num_label_tokens": sum(document.num_labels for document in documents),
-    }
+    return loop.update(run, documents, loss, norm)

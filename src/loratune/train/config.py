@@ -147,9 +147,9 @@ class TrainConfig(_Section):
     """How long, how fast and how often.
 
     `batch_size` is documents per optimizer step; `micro_batch_tokens` changes memory only, never the result beyond
-    rounding. `recompute` halves what is kept for the backward pass, for about an eighth more time. `dtype`: the base's
+    rounding. `recompute` halves what is kept for the backward pass, for about a sixth more time. `dtype`: the base's
     weights are float32 in memory, or "stored", as in its files: half of that for bfloat16, and computed with as float32
-    on a CPU, for a few hundredths more time (None: float32 on a CPU, as stored elsewhere). `keep_frozen_mb`: megabytes
+    on a CPU, for 0 to 14% more time (None: float32 on a CPU, as stored elsewhere). `keep_frozen_mb`: megabytes
     in which to keep, from the first epoch on, what the layers below the first adapted one (`layers_to_transform`) make
     of each row; 0: it is computed each time. `learning_rate` None: 5e-4 up to 4e9 parameters, 3e-4 above.
     `warmup_steps` None: 5% of the steps, at least 1. `lr_ratio` multiplies the rate of B (LoRA+). `max_steps` ends the

@@ -120,6 +120,12 @@ def train_step(run: Run) -> dict[str, Any]:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         run.optimizer.clear()
         raise _not_finite(run, rows, loss, norm)
+    return update(run, documents, loss, norm)
+
+
+def update(run: Run, documents: Sequence[Document], loss: float, norm: float) -> dict[str, Any]:
+    """Updates the parameters from the gradient of a step, clipped and finite; returns the step's metrics. Raises
+    TrainingError for a factor without a gradient and, after the update, for one that did not move."""
     learning_rate = run.learning_rate()
     with run.gates.update(run.step, learning_rate, documents):
         _update(run, learning_rate)
@@ -131,7 +137,7 @@ def train_step(run: Run) -> dict[str, Any]:
         "grad_norm": norm,
         "learning_rate": learning_rate,
         "num_tokens": sum(document.num_tokens for document in documents),
-        "num_label_tokens": num_labels,
+        "num_label_tokens": sum(document.num_labels for document in documents),
     }
 
 
