@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loratune import files
 from loratune.errors import ConfigError, TrainingError
-from loratune.train import checkpoint, loop
+from loratune.train import checkpoint, loop, rehearsal
 from loratune.train.loop import Run
 from loratune.train.measure import checkpoint_bytes, is_out_of_memory
 from loratune.train.rehearsal import rehearse
@@ -140,6 +140,13 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     assert len(asked) == 1
 
 
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with so little memory free that the largest micro-batch has to be tried."""
+    monkeypatch.setattr(rehearsal, "memory_bytes", lambda: (1, 2))
+
+
+@pytest.mark.usefixtures("scarce")
 def test_the_longest_rows_run_before_the_first_step(tmp_path: Path) -> None:
     """800 steps of 2 rows: one micro-batch of the two longest is less than 1 % of the run."""
     run = make(tmp_path, rows=1600, batch_size=2)
@@ -155,6 +162,27 @@ def test_the_longest_rows_run_before_the_first_step(tmp_path: Path) -> None:
         rehearse(run)
 
 
+def test_what_cannot_run_out_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times the inputs and outputs of all linear layers in float32 is where trying begins."""
+    run = make_run(tmp_path, rows=1600, batch_size=2)
+    linears = [each for each in run.causal.model.model.modules() if isinstance(each, torch.nn.Linear)]
+    floats = sum(each.in_features + each.out_features for each in linears)
+    assert len(linears) == 7 * run.causal.model.config.num_hidden_layers
+    tokens = sum(sorted(document.num_tokens for document in run.train.documents)[-2:])
+    tried = {}
+    for free in (8 * 4 * floats * tokens, 8 * 4 * floats * tokens + 1):
+        monkeypatch.setattr(rehearsal, "memory_bytes", lambda free=free: (free, free))
+        asked = limit(run, 10_000, ERRORS["device"])
+        rehearse(run)
+        tried[free] = len(asked)
+    assert list(tried.values()) == [3, 2]
+    run.causal.blocks = None  # the layers' own code keeps what it likes
+    asked = limit(run, 10_000, ERRORS["device"])
+    rehearse(run)
+    assert len(asked) == 3
+
+
+@pytest.mark.usefixtures("scarce")
 def test_the_probe_has_the_dropout_of_training(tmp_path: Path) -> None:
     """Masks take memory too; afterwards nothing is left of it."""
     run = make(tmp_path, rows=1600, batch_size=2)
@@ -171,6 +199,7 @@ def test_the_probe_has_the_dropout_of_training(tmp_path: Path) -> None:
     assert run.attached.shared.noise is None and all(p.grad is None for p in run.optimizer.parameters.values())
 
 
+@pytest.mark.usefixtures("scarce")
 def test_a_short_run_is_not_made_longer_by_a_probe(tmp_path: Path) -> None:
     run = make(tmp_path, rows=24, micro_batch_tokens=2048)
     asked = limit(run, 10_000, ERRORS["device"])

@@ -87,6 +87,11 @@ class CausalModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether layers and loss are computed by functions that are known to keep little."""
+        return self.blocks is not None and self._shape is not None
+
     def close(self) -> None:
         """Gives the model the attention and the layers' forwards it had before."""
         self.frozen = None

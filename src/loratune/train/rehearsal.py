@@ -1,10 +1,14 @@
 """What is proved before the first step, with nothing written: that the run can learn, and that it fits."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from torch import nn
 
 from loratune.data.encode import Document
+from loratune.explain.doctor import memory_bytes
+from loratune.model.causal import CausalModel
 from loratune.tasks.model import TaskModel
 from loratune.train import watch
 from loratune.train.loop import Run, within_memory
@@ -12,6 +16,7 @@ from loratune.train.measure import check_space, checkpoint_bytes, is_out_of_memo
 
 LOOKED_AT = 32  # documents, of which the longest and the shortest are used
 _PROBE_SHARE = 0.01  # of the run's tokens; a shorter run finds out soon enough by itself
+_AMPLE = 8  # times what the layers may keep of a micro-batch: where that is free, it is not tried
 
 
 def rehearse(run: Run) -> None:
@@ -44,12 +49,15 @@ def _check_loss(run: Run, documents: Sequence[Document]) -> None:
 
 
 def _probe_memory(run: Run) -> None:
-    """Runs the longest rows as one micro-batch, so that memory runs out now or not at all."""
+    """Runs the longest rows as one micro-batch, so that memory runs out now or not at all; a step's time, so not where
+    it could not run out."""
     lengths = np.asarray(run.train.lengths)
     longest = np.argsort(-lengths, kind="stable")[: run.config.batch_size].tolist()
     documents = [run.train.documents[row] for row in longest]
     tokens = min(run.micro_batch_tokens, sum(document.num_tokens for document in documents))
     if tokens > _PROBE_SHARE * run.num_steps * run.config.batch_size * float(lengths.mean()):
+        return
+    if _AMPLE * tokens * _most_bytes_per_token(run) < memory_bytes()[0]:
         return
 
     def forward_and_backward() -> None:
@@ -67,3 +75,14 @@ def _probe_memory(run: Run) -> None:
         run.attached.shared.noise = None
         run.attached.train_mode(False)
         run.optimizer.clear()
+
+
+def _most_bytes_per_token(run: Run) -> float:
+    """Returns the inputs and outputs of every linear layer below the head: more than the known blocks keep of a token.
+    Of other models, and on a GPU, where a step takes no time, nothing is known."""
+    causal = run.causal
+    if not (isinstance(causal, CausalModel) and causal.is_lean and causal.device.type == "cpu"):
+        return math.inf
+    linears = [module for module in causal.model.base_model.modules() if isinstance(module, nn.Linear)]  # pyright: ignore
+    size = next(causal.model.parameters()).element_size()
+    return size * sum(linear.in_features + linear.out_features for linear in linears)
