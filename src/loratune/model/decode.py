@@ -69,8 +69,7 @@ def _used(blocks: list[Block]) -> Generator[None]:
 def _head_used(model: Any) -> Generator[None]:
     """Within the block, the head's logits of few rows are formed as a block's products are."""
     head: Any = model.get_output_embeddings()
-    linear = None if head is None else linear_of(head, 1, model.device)
-    if not isinstance(linear, Linear) or linear.mask is not None:
+    if head is None or not isinstance(linear := linear_of(head, 1, model.device), Linear) or linear.mask is not None:
         yield
         return
     step, plain = _step(linear), head.forward
