@@ -59,7 +59,8 @@ def test_it_stops_where_the_basic_rung_suffices(switching: Path, tmp_path: Path,
     rows = switch_rows(1500, seed, "z"), switch_rows(200, 100 + seed, "z")
     found = Project(tmp_path, switching, *rows).run(tmp_path / "run", learning_rate=0.003, max_steps=240, seed=seed)
     assert found["chosen"] == "fast"
-    assert [each["kind"] for each in found["decisions"]] == ["stay"]
+    kinds = [each["kind"] for each in found["decisions"]]
+    assert kinds[-1] == "stay" and set(kinds[:-1]) <= {"open"}
     assert len(found["decisions"][0]["arms"]) == 3  # it has looked one rung further
     floor = 4 * math.log(5) / 5
     base, final = found["test"]["base"]["loss"], found["test"]["final"]["loss"]
@@ -238,6 +239,55 @@ def test_a_run_that_went_back_is_the_run_that_stayed(tmp_path: Path) -> None:
     assert climb_of(stay).rung == 0 == climb_of(back).rung
     mine, theirs = ({**loop.parameters(run), **run.optimizer.state()} for run in (back, stay))
     assert mine.keys() == theirs.keys() and all(torch.equal(each, theirs[name]) for name, each in mine.items())
+
+
+def barely_too_high(folder: Path, rungs: tuple[str, ...]) -> dict[str, float]:
+    """A price just above what the best of a first look's arms gains, so that it is within the interval."""
+    run = make_climb(folder, price={"doubling": 1e9}, rungs=rungs)
+    loop.train(run)
+    lower, *others = lines_of(run.output / "metrics.jsonl", "decision")[0]["arms"]
+    doublings = [math.log2(arm["parameters"] / lower["parameters"]) for arm in others]
+    gains = [-arm["difference"]["value"] / times for arm, times in zip(others, doublings, strict=True)]
+    return {"doubling": max(gains) * 1.001}
+
+
+def test_what_chance_leaves_open_is_looked_at_again(tmp_path: Path) -> None:
+    """And may pay then: here because it has become free."""
+    rungs = "fast", "expert"
+    run = make_climb(tmp_path / "run", price=barely_too_high(tmp_path / "first", rungs), rungs=rungs)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "decision":
+            climb_of(run).price = {}
+
+    run.on_event = on_event
+    loop.train(run)
+    guide, (first, second) = climb_of(run), lines_of(run.output / "metrics.jsonl", "decision")
+    assert [first["kind"], second["kind"]] == ["open", "climb"] and second["step"] == first["again"]
+    assert not first["arms"][1]["pays"] and first["arms"][1]["may_pay"]
+    assert guide.rung == 1 and guide.kept is None  # no arm is left for a step back
+    assert guide.settled == second["step"] + guide.lengths.trial and guide.overhead_steps == 2 * guide.lengths.trial
+    steps = lines_of(run.output / "metrics.jsonl", "step")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    peak = max(line["learning_rate"] for line in steps)
+    assert all(line["learning_rate"] == peak for line in steps[10 : guide.settled])
+
+
+def test_what_stays_open_ends_when_no_arm_is_left(tmp_path: Path) -> None:
+    """Three arms may lose: two at the first look, one at the second."""
+    rungs = "fast", "quality", "expert"
+    run = make_climb(tmp_path / "run", price=barely_too_high(tmp_path / "first", rungs), rungs=rungs)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "decision":
+            climb_of(run).price = {"doubling": 1e9}
+
+    run.on_event = on_event
+    loop.train(run)
+    guide, decisions = climb_of(run), lines_of(run.output / "metrics.jsonl", "decision")
+    assert [(each["kind"], len(each["arms"])) for each in decisions] == [("open", 3), ("stay", 2)]
+    assert guide.overhead_steps == 3 * guide.lengths.trial
+    assert guide.settled == decisions[0]["again"] + guide.lengths.trial and guide.state()["again"] is True
 
 
 def test_an_arm_that_blows_up_loses_and_says_why(tmp_path: Path) -> None:

@@ -20,24 +20,31 @@ from oracles import Toy
 from tiny_run import CONTEXT, copy_rows, tokenizer, write_rows
 
 
-def paths(lengths: Lengths, num_rungs: int, rung: int = 0, step: int | None = None) -> Iterator[tuple[int, int]]:
-    """Every way a climb may go from a look at a step: (steps off the final path, evaluations beyond before and after).
+def paths(
+    lengths: Lengths, num_rungs: int, rung: int = 0, left: int | None = None, again: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Every way a climb may go from a look: (steps off the final path, evaluations beyond before and after, looks).
 
-    A trial of two or three arms, each evaluated; the climb to the last of them or none; one evaluation that confirms
-    it, or takes it back and evaluates what is gone back to.
+    A trial of two or three arms, as many as may still lose, each evaluated; the climb to the last of them, or none, or
+    another look; one evaluation that confirms a climb, or takes it back and evaluates what is gone back to.
     """
-    step = lengths.rung if step is None else step
     trial = lengths.trial
+    left = num_rungs if left is None else left
     first = 1 if rung == 0 else 0  # the first rung is tested when its arm has ended
-    yield (min(num_rungs - 1 - rung, 2) * trial, min(num_rungs - rung, 3) + first)  # stays
-    for up in range(1, min(num_rungs - rung, 3)):
-        evaluations = up + 1 + first + 1
-        yield (up * trial + lengths.rung - trial, evaluations + 1)  # taken back
-        if rung + up == num_rungs - 1:
-            yield (up * trial, evaluations)
+    most = min(num_rungs - 1 - rung, 2, left)
+    yield (most * trial, most + 1 + first, 1)  # stays
+    if left > most:
+        for steps, more, looks in paths(lengths, num_rungs, rung, left - most, True):
+            yield (most * trial + steps, most + 1 + first + more, 1 + looks)
+    for up in range(1, most + 1):
+        evaluations = up + 1 + first + (not again)
+        if not again:
+            yield (up * trial + lengths.rung - trial, evaluations + 1, 2)  # taken back
+        if rung + up == num_rungs - 1 or left == up:
+            yield (up * trial, evaluations, 2)
         else:
-            for steps, more in paths(lengths, num_rungs, rung + up, step + lengths.rung):
-                yield (up * trial + steps, evaluations + more)
+            for steps, more, looks in paths(lengths, num_rungs, rung + up, left - up, again):
+                yield (up * trial + steps, evaluations + more, 1 + looks)
 
 
 @given(st.integers(1, 100_000), st.integers(2, 6), st.floats(0, 50), st.integers(0, 5000))
@@ -50,11 +57,11 @@ def test_no_path_costs_more_than_one_run_and_three_tenths(
     except ConfigError:
         return
     before_and_after = 2
-    for steps, evaluations in paths(lengths, num_rungs):
+    for steps, evaluations, looks in paths(lengths, num_rungs):
         ours = num_steps + steps + (before_and_after + evaluations + 2) * evaluation  # 2: base and result on test rows
         assert ours <= 1.3 * (num_steps + 4 * evaluation) + 1e-6
-    last_look = lengths.rung * (num_rungs - 1)
-    assert last_look + lengths.rung < num_steps and 0 <= lengths.warmup <= lengths.trial // 2
+        assert lengths.rung * looks + lengths.trial < num_steps
+    assert 0 <= lengths.warmup <= lengths.trial // 2
 
 
 def test_a_long_run_has_long_trials_and_a_run_that_is_too_short_is_refused() -> None:

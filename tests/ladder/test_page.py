@@ -39,7 +39,8 @@ FAILED = {
 PRICED = {**STAY, "arms": [STAY["arms"][0], arm("expert", 7_593_984, 1.19, GAIN, price=0.05)]}  # type: ignore[index]
 CONFIRMED = {"kind": "confirmed", "step": 160, "steps": 40, "rung": "quality", "to": "fast", "difference": GAIN}
 BACK = {**CONFIRMED, "kind": "back", "difference": NONE}
-DECISIONS = [CLIMB, STAY, SKIP, FAILED, PRICED, CONFIRMED, BACK]
+OPEN = {**STAY, "kind": "open", "again": 240}
+DECISIONS = [CLIMB, STAY, SKIP, FAILED, PRICED, CONFIRMED, BACK, OPEN]
 
 
 def rung(name: str, r: int, steps: int, tried: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +77,8 @@ def test_each_decision_says_why_in_one_line() -> None:
         "fast where that was left.",
         "Back to fast: 40 steps on, quality changed the held-out loss by -0.0021 (95%: -0.0093 to +0.0041) against "
         "fast where that was left, which is no gain.",
+        "Chance leaves open whether quality is enough: expert changed the held-out loss by -0.0021 (95%: -0.0093 to "
+        "+0.0041) for 5.2x the parameters. Another look follows at step 240.",
     ]
 
 
@@ -126,8 +129,8 @@ def test_the_page_says_it_all_and_draws_it(language: str, tmp_path: Path) -> Non
     ):
         assert part in text
     assert all(cell in text for row in rung_rows(found, language) for cell in row)
-    assert page.count("<svg") == 1 and page.count("<polyline") == 4  # a line for each trial with two arms or more
-    assert page.count("<circle") == 2 + 2 + 3 + 1 + 2 and not re.search(r"{\w+}|<script|https?://", page)
+    assert page.count("<svg") == 1 and page.count("<polyline") == 5  # a line for each trial with two arms or more
+    assert page.count("<circle") == 2 + 2 + 3 + 1 + 2 + 2 and not re.search(r"{\w+}|<script|https?://", page)
 
 
 def test_a_run_without_a_ladder_has_no_section(tmp_path: Path) -> None:

@@ -22,16 +22,17 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 
 def make_climb(
-    folder: Path, on_event: OnEvent = lambda event: None, price: Any = None, dropout: float = 0.05, **settings: Any
-) -> Run:
-    """A run in memory over the copy task that stands before its first step on the first of three rungs."""
+    folder: Path, on_event: OnEvent = lambda event: None, price: Any = None, dropout: float = 0.05,
+    rungs: tuple[str, ...] = ("fast", "quality", "expert"), **settings: Any,
+) -> Run:  # fmt: skip
+    """A run in memory over the copy task that stands before its first step on the first of its rungs."""
     defaults = {"epochs": 100.0, "max_steps": 64, "batch_size": 16, "learning_rate": 0.01}
     run = make_run(
         folder, rows=400, adapter={"r": 8, "target_modules": "fast", "lora_dropout": dropout}, **defaults | settings
     )
     run.validation = dataset(folder, 48, seed=1)
     run.on_event = on_event
-    climb.begin(run, LadderConfig(price=price or {}))
+    climb.begin(run, LadderConfig(rungs=list(rungs), price=price or {}))
     return run
 
 

@@ -84,6 +84,21 @@ def compare(
 
 
 @app.command()
+def tensorboard(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run, the only one, has ended.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write the curves of runs for TensorBoard, into RUN/tensorboard."""
+    from loratune.report.tensorboard import export
+
+    if follow and len(runs) > 1:
+        raise ConfigError(f"--follow goes with one run; {len(runs)} are given. Use a terminal for each.")
+    report = {"written": [str(export(run, follow=follow)) for run in runs], "look": f"tensorboard --logdir {runs[0]}"}
+    return _show("for TensorBoard", report, as_json)
+
+
+@app.command()
 def clean(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only named.")] = False,

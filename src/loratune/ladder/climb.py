@@ -2,8 +2,9 @@
 
 At a look, arms start from one and the same state and train the same few steps on the same rows: one stays on its rung,
 the other grows. If the larger one's held-out loss is lower, by more than chance and by its price, training goes on
-from there; else one rung further is tried; else the run ends on the rung it is on, and its learning rate falls. The
-steps of the arm that wins are steps of the run. At the next look a climb must still pay, or it is taken back.
+from there; else one rung further is tried; else the run ends on the rung it is on, and its learning rate falls, unless
+chance leaves open which is better and there are arms left to look again later. The steps of the arm that wins are steps
+of the run. At the next look a climb must still pay, or it is taken back.
 """
 
 import json
@@ -28,7 +29,7 @@ from loratune.train.loop import Run
 from loratune.train.signals import StopRequest
 
 _KEPT = "kept."
-_STATE = ("rung", "began", "settled", "look", "first", "overhead_steps", "overhead_seconds")
+_STATE = ("rung", "began", "settled", "look", "again", "first", "overhead_steps", "overhead_seconds")
 # What the events of steps are called that a step back has made undone.
 _ABANDONED = {"step": "abandoned_step", "evaluation": "abandoned_evaluation"}
 
@@ -48,8 +49,9 @@ class Climb:
     """The guide of a run that climbs. rung: the one it stands on; began: the step at which it got there.
 
     settled: the step from which the rate falls, None while it may climb on. look: the step of the next look, None
-    after the last. test: the rows that no decision sees; first: what the first rung scored on them after its trial.
-    overhead: what was trained and is not on the path of the run.
+    after the last; again: whether a look was taken again, with the arm that a step back would cost. test: the rows that
+    no decision sees; first: what the first rung scored on them after its trial. overhead: what was trained and is not
+    on the path of the run.
     """
 
     rungs: tuple[Rung, ...]
@@ -60,6 +62,7 @@ class Climb:
     began: int = 0
     settled: int | None = None
     look: int | None = None
+    again: bool = False
     first: dict[str, Any] | None = None
     overhead_steps: int = 0
     overhead_seconds: float = 0.0
@@ -121,7 +124,8 @@ class Climb:
         start, num_metrics = standing.take(run, self.rung, self.began), run.log.count
         arms: list[Arm] = []
         verdicts: list[dict[str, Any]] = []
-        for rung in range(start.rung, min(start.rung + 3, len(self.rungs))):
+        left = len(self.rungs) - self.overhead_steps // self.lengths.trial  # arms that may lose: see `plan.lengths`
+        for rung in range(start.rung, min(start.rung + min(left, 2) + 1, len(self.rungs))):
             arm = self._arm(run, rung, start, stop)
             if arm is None:
                 return self._go_to(run, start)
@@ -129,20 +133,29 @@ class Climb:
             verdicts.append(judged(arms[0], arm, self.price))
             if verdicts[-1]["pays"]:
                 break
+        left -= len(arms) - 1
         winner = arms[-1] if verdicts[-1]["pays"] else arms[0]
+        climbed, next_look = winner is not arms[0], start.step + self.lengths.rung
+        is_open = not climbed and left > 0 and any(each.get("may_pay") for each in verdicts)
         decision = {
             "step": start.step,
             "steps": self.lengths.trial,
             "rung": arms[0].name,
             "to": winner.name,
             "arms": verdicts,
+            **({"again": next_look} if is_open else {}),
         }
-        run.tell({"event": "decision", "kind": "climb" if winner.rung > start.rung else "stay", **decision})
+        kind = "climb" if climbed else "open" if is_open else "stay"
+        run.tell({"event": "decision", "kind": kind, **decision})
         if winner is not arms[-1]:
             assert winner.standing is not None
             self._go_to(run, winner.standing)
+        self.again = self.again or is_open
+        goes_on = is_open or (climbed and left > 0 and winner.rung < len(self.rungs) - 1)
+        self.settled = None if goes_on else run.step
+        self.look = next_look if is_open or climbed else None
         self._go_on(run, winner, start)
-        if winner is not arms[0]:
+        if climbed and not self.again:
             assert arms[0].evaluation is not None and arms[0].standing is not None
             self.kept = Kept(arms[0].standing, arms[0].evaluation.document_losses, num_metrics)
         for arm in arms:
@@ -179,12 +192,9 @@ class Climb:
         self.rung, self.began = where.rung, where.began
 
     def _go_on(self, run: Run, winner: Arm, start: Standing) -> None:
-        """Makes the steps of the winner those of the run, and sets what comes next."""
+        """Makes the steps of the winner those of the run."""
         assert run.log is not None and winner.evaluation is not None
-        climbed = winner.rung > start.rung
-        self.settled = None if climbed and winner.rung < len(self.rungs) - 1 else run.step
-        self.look = start.step + self.lengths.rung if climbed else None
-        if climbed:
+        if winner.rung > start.rung:
             run.best, run.stale = None, 0  # of another adapter
             run.tell(self._rung_event(run, start.step))
         for line in winner.lines:

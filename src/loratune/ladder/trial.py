@@ -55,7 +55,8 @@ def difference(lower: Sequence[float], upper: Sequence[float], labels: Sequence[
 
 
 def judged(lower: Arm, arm: Arm, price: Mapping[str, float]) -> dict[str, Any]:
-    """Returns an arm's figures and whether it pays: its loss is lower by more than chance, and by its price."""
+    """Returns an arm's figures and whether it pays: its loss is lower by more than chance, and by its price. If not, it
+    may pay where a gain above its price is within the interval."""
     figures: dict[str, Any] = {
         "rung": arm.name,
         "parameters": arm.parameters,
@@ -75,7 +76,8 @@ def judged(lower: Arm, arm: Arm, price: Mapping[str, float]) -> dict[str, Any]:
     )
     costs = priced(lower, arm, price)
     pays = gained.high < 0 and -gained.value >= costs
-    return {**figures, "difference": gained._asdict(), "price": costs, "pays": pays}
+    may_pay = not pays and -gained.low > costs
+    return {**figures, "difference": gained._asdict(), "price": costs, "pays": pays, "may_pay": may_pay}
 
 
 def priced(lower: Arm, arm: Arm, price: Mapping[str, float]) -> float:

@@ -12,6 +12,7 @@ TEXTS: Final[dict[str, dict[str, str]]] = {
         "climb": "{to} pays: it {changed} against {rung} in the same {steps} steps{for_more}.",
         "passed": " {name} alone did not: it {changed}.",
         "stay": "{rung} was enough: {tried}.",
+        "open": "Chance leaves open whether {rung} is enough: {tried}. Another look follows at step {again}.",
         "tried": "{name} {changed}{for_more}{priced}",
         "failed": "{name} could not be trained ({failure})",
         "failed_alone": " {name} could not be trained ({failure}).",
@@ -69,6 +70,8 @@ TEXTS: Final[dict[str, dict[str, str]]] = {
         "climb": "{to} окупається: {changed} проти {rung} за ті самі кроки ({steps}){for_more}.",
         "passed": " Сам рівень {name} не окупився: {changed}.",
         "stay": "Рівня {rung} досить: {tried}.",
+        "open": "Чи досить рівня {rung}, ще не ясно, різниця в межах випадковості: {tried}. Наступна перевірка: "
+        "крок {again}.",
         "tried": "{name} {changed}{for_more}{priced}",
         "failed": "{name} не вдалося навчити ({failure})",
         "failed_alone": " {name} не вдалося навчити ({failure}).",
@@ -132,9 +135,9 @@ def why(decision: Mapping[str, Any], language: str = "en") -> str:
     if "arms" not in decision:
         return text[decision["kind"]].format(**decision, changed=_changed(decision["difference"], text))
     lower, *tried = decision["arms"]
-    if decision["kind"] == "stay":
+    if decision["kind"] in ("stay", "open"):
         parts = [_tried(lower, arm, text) for arm in tried]
-        return text["stay"].format(rung=lower["rung"], tried="; ".join(parts))
+        return text[decision["kind"]].format(rung=lower["rung"], tried="; ".join(parts), again=decision.get("again"))
     *passed, best = tried
     whole = text["climb"].format(
         to=best["rung"],
