@@ -85,7 +85,7 @@ def read_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Returns bytes of weights a second that a product with a few rows passes, which is what generating does."""
     w = torch.zeros(_READ_BYTES // dtype.itemsize // 1024, 1024, dtype=dtype, device=device)
     x = torch.ones(NUM_SAMPLES, 1024, dtype=dtype, device=device)
-    return _READ_BYTES / _median_seconds(lambda: x @ w.T, _READ_SECONDS, device)
+    return _READ_BYTES / _median_seconds(lambda: w @ x.T, _READ_SECONDS, device)  # as `model.decode` does
 
 
 def _median_seconds(work: Callable[[], object], seconds: float, device: torch.device) -> float:
