@@ -13,8 +13,8 @@ import loratune
 _ROOT = Path(loratune.__file__).parent
 # A part may import those of lower levels and itself; adapter and data, on one level, never each other.
 _LEVELS = {
-    "errors": 0, "language": 0, "files": 1, "adapter": 2, "data": 2, "model": 3, "evaluate": 4, "tasks": 5, "train": 6,
-    "ladder": 7,
+    "errors": 0, "language": 0, "memory": 0, "files": 1, "adapter": 2, "data": 2, "model": 3, "evaluate": 4, "tasks": 5,
+    "train": 6, "ladder": 7,
     # They read values and run directories, and nothing above imports them.
     "report": 8, "export": 8, "explain": 8, "serve": 8, "compat": 8,
     "plan": 9,
@@ -24,6 +24,7 @@ _LEVELS = {
 _THIRD_PARTIES = {
     "errors": set[str](),
     "language": set[str](),
+    "memory": set[str](),
     "files": set[str](),
     "adapter": {"torch", "safetensors", "numpy"},
     "data": {"numpy", "pyarrow", "PIL", "datasets", "jinja2"},

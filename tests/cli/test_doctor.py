@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loratune.cli import main
-from loratune.explain.doctor import BAD, NOTE, OK, Check, examine, memory_bytes, num_cores
+from loratune.explain.doctor import BAD, NOTE, OK, Check, examine, num_cores
+from loratune.memory import memory_bytes
 
 Examine = Callable[[], dict[str, list[Check]]]
 

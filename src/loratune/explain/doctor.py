@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from loratune.files import free_bytes
+from loratune.memory import memory_bytes
 
 OK, NOTE, BAD = "ok", "note", "bad"
 
@@ -29,7 +30,6 @@ _EXTRAS = {  # package -> (what it is for, the extra that brings it)
     "datasets": ("data sets of the hub", "datasets"),
     "peft": ("a second opinion in the tests; its files are read and written without it", "dev"),
 }
-_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -157,23 +157,6 @@ def _memory(directory: Path) -> _Lines:
     else:
         wanted = f"the demo needs about {_gigabytes(_MIN_MEMORY_BYTES)}"
         yield BAD, f"{line}; {wanted}. Close other programs.", "ps aux --sort=-rss | head"
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Returns (available, total) main memory, within a container's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # macOS tells the total alone
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total, total
-    table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
-    available, total = table["MemAvailable"], table["MemTotal"]
-    limits = [int(text) for path in _CONTAINER_LIMITS if (text := _text(Path(path))).isdigit()]
-    return min(available, *limits, total), min(total, *limits, total)
-
-
-def _text(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""
 
 
 def _disk(directory: Path) -> _Lines:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from loratune.evaluate.samples import NUM_SAMPLES
-from loratune.explain.doctor import memory_bytes
+from loratune.memory import memory_bytes
 from loratune.train.measure import peak_memory_bytes
 
 _MATRIX_SECONDS, _READ_SECONDS = 0.5, 0.2

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from loratune.data.encode import Document
-from loratune.explain.doctor import memory_bytes
+from loratune.memory import memory_bytes
 from loratune.model.causal import CausalModel
 from loratune.tasks.model import TaskModel
 from loratune.train import watch
