@@ -172,6 +172,24 @@ def test_generated_tokens_are_the_same(tmp_path: Path) -> None:
     assert generate(held, tokenizer, prompts, 8) == generate(model, tokenizer, prompts, 8)
 
 
+def test_a_head_is_not_widened_whole_to_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product with the weight on its left would be: only those with it on their right go by stretches."""
+    wide_model, held = pair("llama", tmp_path)
+    head: Any = held.get_output_embeddings()
+    seen, wide = list[int](), narrow._wide
+
+    def looked_at(value: Any) -> Any:
+        seen.append(value.numel() if isinstance(value, Narrow) else 0)
+        return wide(value)
+
+    monkeypatch.setattr(narrow, "MOST", head.weight.numel() // 4)
+    monkeypatch.setattr(narrow, "_wide", looked_at)
+    prompts, tokenizer = [[5, 6, 7], [9]], tiny_run.tokenizer()
+    found = generate(held, tokenizer, prompts, 6)
+    assert isinstance(head.weight, Narrow) and 0 < max(seen) < head.weight.numel()
+    assert found == generate(wide_model, tokenizer, prompts, 6)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_loading_as_stored_gives_the_values_of_loading_as_float32(stored: torch.dtype, tmp_path: Path) -> None:
     tiny_run.save_model(tmp_path)

@@ -21,6 +21,7 @@ from loratune.adapter.fused import Linear
 from loratune.adapter.wrapper import linear_of
 from loratune.model import attention, layers
 from loratune.model.blocks import Block, Norm
+from loratune.model.narrow import Narrow
 
 Step = Callable[[Tensor], Tensor]
 # Up to so many rows x, (W x^T)^T is faster than x W^T on a CPU: see LOG.md.
@@ -180,7 +181,10 @@ def _step(linear: Linear) -> Step:
 
 
 def _is_plain_cpu(base: nn.Module) -> bool:
-    return type(base) is nn.Linear and base.weight.device.type == "cpu" and base.weight.dtype in _TOLERANCE
+    """Whether a layer's weight is a matrix in memory; one that is kept narrow is widened stretch by stretch."""
+    if type(base) is not nn.Linear or isinstance(base.weight, Narrow):
+        return False
+    return base.weight.device.type == "cpu" and base.weight.dtype in _TOLERANCE
 
 
 def _few_rows(base: Any, many: Callable[[Any, Tensor], Tensor]) -> Step:
