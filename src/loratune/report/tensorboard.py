@@ -44,14 +44,13 @@ def _events(run: Path, follow: bool, pause: Callable[[], object]) -> Iterator[di
 
     A run that is resumed is cut back to its checkpoint and repeats its steps with the same values.
     """
-    path, place = run / METRICS, 0
+    path, seen = run / METRICS, 0
     while True:
         has_ended = RunFiles(run).has_ended  # looked at first: what it wrote before is there
         data = path.read_bytes() if path.is_file() else b""
-        place = min(place, len(data))
-        end = data.rfind(b"\n") + 1
-        yield from map(json.loads, data[place:end].splitlines())
-        place = max(place, end)
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        yield from map(json.loads, lines[seen:])
+        seen = len(lines)
         if has_ended or not follow:
             return
         pause()
