@@ -176,13 +176,20 @@ def test_whatever_is_adapted_on_the_head_is_in_the_loss(settings: dict[str, Any]
     causal, rows = CausalModel(model), [document(0, 5), document(1, 9)]
     batch = causal.batch(rows, [0, 1])
     total, each = causal.losses(batch)
-    total.backward()
-    found = gradients(attached.adapter)
-    for _, parameter in attached.adapter.named_parameters():
-        parameter.grad = None
+
+    def gradients_of(loss: Tensor) -> dict[str, Tensor]:
+        for _, parameter in attached.adapter.named_parameters():
+            parameter.grad = None
+        loss.backward(retain_graph=True)
+        return gradients(attached.adapter)
+
     expected = F.cross_entropy(alone(model, rows), batch.labels, reduction="none")
-    expected.sum().backward()
-    assert relative(each, expected) < 1e-6 and worst(found, gradients(attached.adapter)) < 1e-6
+    assert relative(each, expected) < 1e-6 and worst(gradients_of(total), gradients_of(expected.sum())) < 1e-6
+    # The same as log-probabilities, and a loss that sets one document against the other, as a preference does.
+    log_probs, first = causal.log_probs(batch), batch.owners == 0
+    assert relative(log_probs, -expected) < 1e-6
+    ours, plain = (F.softplus(by[first].sum() - by[~first].sum()) for by in (log_probs, -expected))
+    assert worst(gradients_of(ours), gradients_of(plain)) < 1e-6
 
 
 def _no_keywords(model: PreTrainedModel) -> None:

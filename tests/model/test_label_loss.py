@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratune.model import loss
-from loratune.model.loss import HeadShape, label_loss, loss_memory
+from loratune.model.loss import HeadShape, label_log_probs, label_loss, loss_memory
 from oracles import relative
 
 
@@ -68,6 +68,12 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(sum_of, (*inputs, _CASES[name].shape, 0.3))
 
 
+@pytest.mark.parametrize("name", _CASES)
+def test_gradients_of_each_rows_log_probability_equal_finite_differences(name: str) -> None:
+    inputs = inputs_of(_CASES[name])
+    assert torch.autograd.gradcheck(lambda *given: label_log_probs(*given), (*inputs, _CASES[name].shape))
+
+
 @given(
     case=st.sampled_from(sorted(_CASES)), rows=st.integers(1, 40), block=st.sampled_from([1, 3, 16, 256]),
     chunk=st.sampled_from([1, 2, 3, 7, 100]), learns=st.booleans(), seed=st.integers(0, 9), with_memory=st.booleans(),
@@ -90,10 +96,17 @@ def test_values_and_gradients_equal_torch_for_any_number_of_rows_blocks_and_chun
         patch.setattr(loss, "CHUNK", chunk)
         total, each = label_loss(*inputs, shape, memory)
         found = torch.autograd.grad(total, leaves)
+        log_probs = label_log_probs(*inputs, shape, memory)
     expected = plain(inputs, shape)
     assert relative(each, expected) < 1e-13 and not each.requires_grad
     assert float(total) == pytest.approx(float(expected.detach().sum()), rel=1e-13)
-    for mine, theirs in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
+    for mine, theirs in zip(found, torch.autograd.grad(expected.sum(), leaves, retain_graph=True), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-13)
+    # Any function of the rows' own log-probabilities; a preference's looks like this.
+    preference = torch.randn(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = torch.autograd.grad(F.softplus(preference @ log_probs), leaves)
+    assert relative(log_probs, -expected) < 1e-13
+    for mine, theirs in zip(found, torch.autograd.grad(F.softplus(-preference @ expected), leaves), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-13)
 
 

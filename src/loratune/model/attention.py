@@ -6,7 +6,7 @@ other call (padded batches, generation with a cache) goes to transformers' own a
 Shapes: T tokens, Q query heads, K key-value heads, D head size; q (1, Q, T, D), k and v (1, K, T, D).
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -186,20 +186,24 @@ def short_documents(
     kept: list[Tensor] = []
     for segment in segments:
         start, end = segment.start, segment.end
-        qd = _folded(q[0, :, start:end], k.shape[1])
-        kd, vd = _seen(k[0], segment), _seen(v[0], segment)
-        scores = torch.bmm(qd, kd.transpose(1, 2)).mul_(scale)
-        mask = _window(end - start, kd.shape[1], causal, window, q.device)
-        if mask is not None:
-            scores.view(k.shape[1], -1, *mask.shape).masked_fill_(~mask, float("-inf"))
-        weights = scores.softmax(-1)
+        weights = short_weights(q, k, segment, scale, causal, window)
         kept.append(weights)
-        output[0, start:end] = _unfolded(torch.bmm(weights, vd), num_heads).transpose(0, 1)
+        output[0, start:end] = _unfolded(torch.bmm(weights, _seen(v[0], segment)), num_heads).transpose(0, 1)
     return output, kept
 
 
+def short_weights(q: Tensor, k: Tensor, segment: Segment, scale: float, causal: bool, window: int | None) -> Tensor:
+    """Returns P = softmax(scale q k^T) of one segment, (K, G L, what it sees)."""
+    kd = _seen(k[0], segment)
+    scores = torch.bmm(_folded(q[0, :, segment.start : segment.end], len(kd)), kd.transpose(1, 2)).mul_(scale)
+    mask = _window(segment.end - segment.start, kd.shape[1], causal, window, q.device)
+    if mask is not None:
+        scores.view(len(kd), -1, *mask.shape).masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1)
+
+
 def short_documents_backward(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, kept: Sequence[Tensor], segments: Segments, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, kept: Iterable[Tensor], segments: Segments, scale: float,
     g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (dq, dk, dv), shaped as q, k and v and laid out token by token. With S the scores and g = dO:

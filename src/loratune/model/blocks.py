@@ -2,7 +2,7 @@
 
 Kept of a block are its input, the raw query, key and value, what attention returned, and gate and up; norms, rotary
 embedding, the residual between attention and MLP and the activation are computed again, which costs little. With
-`recompute`, gate and up are computed again too.
+`recompute`, gate, up and the attention's P are computed again too.
 
 Of the model's last block, only the rows that predict a label go on after attention. When a block is used stands in
 `layers`.
@@ -27,6 +27,7 @@ from loratune.model.attention import (
     packed,
     short_documents,
     short_documents_backward,
+    short_weights,
 )
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -222,7 +223,7 @@ def _attend(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     heads = _heads(plan, q, k, v)
     if is_short(heads[0], heads[2], plan.segments, asked):
         context, weights = short_documents(*heads, plan.segments, asked.scale, asked.causal, asked.window)
-        return context.view(len(q), -1), weights
+        return context.view(len(q), -1), [] if plan.recompute else weights
     with torch.set_grad_enabled(any(ctx.needs_input_grad)):
         q, k, v = (head.detach().requires_grad_() for head in heads)
         context = packed(q, k, v, plan.segments, asked)
@@ -305,9 +306,12 @@ def _backward_heads(
     else:
         heads = _heads(plan, kept.q, kept.k, kept.v)
         shape = (1, num_tokens, q.shape[1], q.shape[2])
+        asked = block.settings
+        again = (short_weights(*heads[:2], each, asked.scale, asked.causal, asked.window) for each in plan.segments)
         gradients = short_documents_backward(
-            *heads, kept.context.view(shape), weights, plan.segments, block.settings.scale, dcontext.view(shape)
-        )
+            *heads, kept.context.view(shape), again if plan.recompute else weights, plan.segments, asked.scale,
+            dcontext.view(shape),
+        )  # fmt: skip
     dq, dk, dv = (each[0].transpose(0, 1) for each in gradients)
     dq, dk = plan.rotary.backward(dq), plan.rotary.backward(dk)
     dq = dq if block.query_norm is None else block.query_norm.backward(q, dq)

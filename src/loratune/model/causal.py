@@ -23,7 +23,7 @@ from loratune.data.pack import length_groups, micro_batches
 from loratune.model import attention, prefixes
 from loratune.model.frozen import Frozen, stack_of
 from loratune.model.layers import Blocks
-from loratune.model.loss import HeadShape, label_loss, loss_memory
+from loratune.model.loss import HeadShape, label_log_probs, label_loss, loss_memory
 
 _BLOCKS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.0, torch.float16: 0.0}
 _PROBE_LENGTHS = (5, 9, 2)
@@ -174,14 +174,26 @@ class CausalModel:
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns (the sum of the batch's label losses, differentiable; each label's loss, (n,) detached)."""
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        # More than one factor, or one that is more than s B A (DoRA, PiSSA, a bias), is the layer's own to compute.
-        own = isinstance(head, Adapted) and (len(head.active) > 1 or not all(each.is_plain for each in head.factors()))
-        if self._shape is None or own:
+        if self._shape is None or self._head_is_more():
             return self._losses_by_logits(batch)
-        return self._losses_by_head(self.hidden(batch), batch, self._shape)
+        return label_loss(*self._at_head(batch, self._shape))
 
-    def _losses_by_head(self, h_nH: Tensor, batch: Batch, shape: HeadShape) -> tuple[Tensor, Tensor]:
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Returns log p(label | what stands before it) of each label, (n,), differentiable: a loss that is more than
+        their sum, as of preferences, is made of these. Logits are formed twice, and not kept."""
+        if self._shape is None or self._head_is_more():
+            return self._log_probs_by_logits(batch)
+        return label_log_probs(*self._at_head(batch, self._shape))
+
+    def _head_is_more(self) -> bool:
+        """Whether the head has more than one factor, or one that is more than s B A (DoRA, PiSSA, a bias): the layer's
+        own to compute."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        return isinstance(head, Adapted) and (len(head.active) > 1 or not all(each.is_plain for each in head.factors()))
+
+    def _at_head(self, batch: Batch, shape: HeadShape) -> tuple[Any, ...]:
+        """Runs the trunk; returns what `label_loss` and `label_log_probs` take."""
+        h_nH = self.hidden(batch)
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         frozen: Any = unwrapped(head)
         z_nR: Tensor | None = None
@@ -192,8 +204,7 @@ class CausalModel:
             shape = HeadShape(shape.logit_scale, shape.softcap, factor.scale)
         if self._memory is None and (z_nR is not None or frozen.weight.requires_grad):
             self._memory = loss_memory(frozen.weight)
-        bias = getattr(frozen, "bias", None)
-        return label_loss(h_nH, batch.labels, frozen.weight, bias, z_nR, up, shape, self._memory)
+        return h_nH, batch.labels, frozen.weight, getattr(frozen, "bias", None), z_nR, up, shape, self._memory
 
     def _dropped(self, head: Adapted, factor: Any, h_nH: Tensor, batch: Batch) -> Tensor:
         """The head sees label rows only: its dropout mask is drawn for all positions and the same rows are taken."""
@@ -206,12 +217,15 @@ class CausalModel:
         return h_nH * kept[batch.predicting] * (1 / (1 - p))
 
     def _losses_by_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        each = -self._log_probs_by_logits(batch)
+        return each.sum(), each.detach()
+
+    def _log_probs_by_logits(self, batch: Batch) -> Tensor:
         """The plain way, for heads that are more than a matrix: the model's own logits of every position."""
         with attention.packed_row() if batch.packed else nullcontext():
             logits: Tensor = self.model(**batch.inputs, use_cache=False).logits
         rows = logits.reshape(-1, logits.shape[-1])[batch.predicting]
-        each = F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), batch.labels, reduction="none")
-        return each.sum(), each.detach()
+        return -F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), batch.labels, reduction="none")
 
     def own_losses(self, documents: Sequence[Document]) -> list[float] | None:
         """Returns the sum of each document's label losses as the model computes it, alone; None where it does not."""

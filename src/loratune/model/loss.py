@@ -10,6 +10,7 @@ activation).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,20 +46,8 @@ class _LabelLoss(Function):
         ctx: Any, h_nH: Tensor, W_VH: Tensor, bias_V: Tensor | None, z_nR: Tensor | None, B_VR: Tensor | None,
         labels_n: Tensor, shape: HeadShape, memory: Tensor | None, with_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        needs = ctx.needs_input_grad if with_grad else (False,) * 5
-        head = _Head(W_VH, bias_V, B_VR, shape)
-        given = (h_nH, W_VH, bias_V, z_nR, B_VR)
-        grads = _Gradients(*(None if x is None or not need else torch.zeros_like(x) for x, need in zip(given, needs)))
-        whole = grads.of_head or W_VH.device.type != "cpu"
-        chunk, most = (len(W_VH), WHOLE_ROWS) if whole else (min(CHUNK, len(W_VH)), BLOCK_ROWS)
-        # Blocks of even size: ceil(n / k) rows each, so that the last one is not thin.
-        size = _filled_up(math.ceil(len(h_nH) / max(1, math.ceil(len(h_nH) / most))))
-        buffer = _buffer(memory, W_VH, chunk * size)
-        losses_n = torch.empty(len(h_nH), dtype=_wide(h_nH.dtype), device=h_nH.device)
-        for start in range(0, len(h_nH), size):
-            rows = slice(start, min(start + size, len(h_nH)))
-            losses_n[rows] = _block(h_nH[rows], None if z_nR is None else z_nR[rows], labels_n[rows], rows, head,
-                                    grads, buffer, chunk)  # fmt: skip
+        needs = ctx.needs_input_grad[:5] if with_grad else (False,) * 5
+        losses_n, grads = _blocks((h_nH, W_VH, bias_V, z_nR, B_VR), needs, labels_n, shape, memory)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(losses_n)
         return losses_n.sum(), losses_n
@@ -67,6 +56,52 @@ class _LabelLoss(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         return (*(None if grad is None else grad * g.to(grad.dtype) for grad in ctx.saved_tensors), *(None,) * 4)
+
+
+class _LabelLosses(Function):
+    """Each row's -log softmax(logits)[label], differentiable: the backward pass makes the logits again, and each row's
+    dl is multiplied by the gradient of its loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_nH: Tensor, W_VH: Tensor, bias_V: Tensor | None, z_nR: Tensor | None, B_VR: Tensor | None,
+        labels_n: Tensor, shape: HeadShape, memory: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        given = (h_nH, W_VH, bias_V, z_nR, B_VR)
+        ctx.save_for_backward(*given, labels_n)
+        ctx.shape, ctx.memory = shape, memory
+        return _blocks(given, (False,) * 5, labels_n, shape, memory)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_n: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        *given, labels_n = ctx.saved_tensors
+        _, grads = _blocks(given, ctx.needs_input_grad[:5], labels_n, ctx.shape, ctx.memory, g_n)
+        return (*grads, *(None,) * 3)
+
+
+def _blocks(
+    given: Sequence[Any], needs: Sequence[bool], labels_n: Tensor, shape: HeadShape, memory: Tensor | None,
+    weights_n: Tensor | None = None,
+) -> "tuple[Tensor, _Gradients]":  # fmt: skip
+    """Returns (each row's loss (n,), the gradients of what needs one, of the sum of the losses times their weights).
+
+    given: h, W, bias, z and B as in `label_loss`; weights_n (n,), 1 where there are none.
+    """
+    h_nH, W_VH, bias_V, z_nR, B_VR = given
+    head = _Head(W_VH, bias_V, B_VR, shape)
+    grads = _Gradients(*(None if x is None or not need else torch.zeros_like(x) for x, need in zip(given, needs)))
+    whole = grads.of_head or W_VH.device.type != "cpu"
+    chunk, most = (len(W_VH), WHOLE_ROWS) if whole else (min(CHUNK, len(W_VH)), BLOCK_ROWS)
+    # Blocks of even size: ceil(n / k) rows each, so that the last one is not thin.
+    size = _filled_up(math.ceil(len(h_nH) / max(1, math.ceil(len(h_nH) / most))))
+    buffer = _buffer(memory, W_VH, chunk * size)
+    losses_n = torch.empty(len(h_nH), dtype=_wide(h_nH.dtype), device=h_nH.device)
+    for start in range(0, len(h_nH), size):
+        rows = slice(start, min(start + size, len(h_nH)))
+        z, weights = (None if each is None else each[rows] for each in (z_nR, weights_n))
+        losses_n[rows] = _block(h_nH[rows], z, labels_n[rows], weights, rows, head, grads, buffer, chunk)
+    return losses_n, grads
 
 
 class _Head(NamedTuple):
@@ -144,8 +179,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _block(
-    h: Tensor, z: Tensor | None, labels: Tensor, rows: slice, head: _Head, grads: _Gradients, buffer: Tensor, chunk: int
-) -> Tensor:
+    h: Tensor, z: Tensor | None, labels: Tensor, weights: Tensor | None, rows: slice, head: _Head, grads: _Gradients,
+    buffer: Tensor, chunk: int,
+) -> Tensor:  # fmt: skip
     """Returns the losses of one block of rows and adds its share to the gradients, chunk by chunk of the vocabulary.
 
     The block is filled up with rows of zeros, whose share in every gradient is zero.
@@ -176,7 +212,10 @@ def _block(
                 product.add(part, e_Cn, shrink_n)
     at_label_n = torch.ones_like(sum_n) if shape.softcap is None else 1 - (label_n / shape.softcap).square()
     inverse_n = 1 / sum_n
-    inverse_n[real:] = at_label_n[real:] = 0  # the rows that only fill the block up
+    for factor_n in (inverse_n, at_label_n):
+        factor_n[real:] = 0  # the rows that only fill the block up
+        if weights is not None:
+            factor_n[:real].mul_(weights)
     for grad, product, scale in ((grads.h_nH, by_h, 1.0), (grads.z_nR, by_z, shape.lora_scale)):
         if grad is not None and product is not None:
             found = product.finish(labels, inverse_n, at_label_n)[:real]
@@ -217,5 +256,24 @@ def label_loss(
 
     h (n, H) hidden states that predict; labels (n,) int64; W (V, H), bias (V,); z (n, R) = A dropout(h) and B (V, R) of
     an adapted head; memory: `loss_memory(W)`, kept by the caller. Only inputs that require grad cost anything more.
+    Their gradients are formed in the forward pass, from the logits that are there.
     """
     return _LabelLoss.apply(h_nH, W_VH, bias_V, z_nR, B_VR, labels_n, shape, memory, torch.is_grad_enabled())  # type: ignore[return-value]
+
+
+def label_log_probs(
+    h_nH: Tensor,
+    labels_n: Tensor,
+    W_VH: Tensor,
+    bias_V: Tensor | None = None,
+    z_nR: Tensor | None = None,
+    B_VR: Tensor | None = None,
+    shape: HeadShape = HeadShape(),  # frozen
+    memory: Tensor | None = None,
+) -> Tensor:
+    """Returns log softmax(logits)[label] of each row, (n,), differentiable in every input: for losses that are more
+    than a sum over labels, such as those of preference tuning.
+
+    Takes what `label_loss` takes, and keeps no logits either: the backward pass makes them again.
+    """
+    return -_LabelLosses.apply(h_nH, W_VH, bias_V, z_nR, B_VR, labels_n, shape, memory)  # type: ignore[operator]

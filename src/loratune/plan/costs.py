@@ -148,7 +148,8 @@ def costs_of(base: Base, adapter: Adapter, *, recompute: bool, as_stored: bool =
     is_blocks = base.is_blocks and not adapter.config.use_dora
     kept, passing = _block_floats(base, recompute) if is_blocks else _plain_floats(base)
     kept += sum(each.rank for path, each in adapter.factors.items() if path != base.head) if is_blocks else 0  # z
-    again = 2 * sum(_weights(base, name) for name in ("gate_proj", "up_proj")) if recompute and is_blocks else 0
+    is_again = recompute and is_blocks  # gate and up, and the attention's P
+    again = 2 * sum(_weights(base, name) for name in ("gate_proj", "up_proj")) if is_again else 0
     late = () if not is_blocks or _draws_late(base, adapter) else base.late
     late_floats = sum(
         base.sizes[path][0] for path in late if not (recompute and path.endswith(("gate_proj", "up_proj")))
@@ -161,14 +162,14 @@ def costs_of(base: Base, adapter: Adapter, *, recompute: bool, as_stored: bool =
         num_trained=adapter.num_parameters(),
         kept=(kept - late_floats) * size,
         kept_long=2 * base.contexts * size,
-        weights_of_attention=base.heads * size,
+        weights_of_attention=0 if is_again else base.heads * size,
         passing=passing * size,
         by_label=(3 * base.hidden + late_floats) * size,
         loss=_loss_floats(base, of_head) * size,
         own_loss=3 * base.vocabulary * FLOAT32,
         token_flops=4.0 * base.trunk + 6.0 * sum(factors.values()) + again - late_flops,
         label_flops=4.0 * head_weights + 6.0 * head_numbers + 2.0 * head_weights * whole_head + late_flops,
-        square_flops=12.0 * base.contexts,
+        square_flops=(14.0 if is_again else 12.0) * base.contexts,
         checkpoint=checkpoint_bytes(adapter),
         adapter=FLOAT32 * adapter.num_parameters(),
     )
