@@ -9,6 +9,8 @@ Documents: those of the training benchmark, over and over, in memory-mapped chun
 import argparse
 import contextlib
 import json
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -86,7 +88,20 @@ class _Started(Exception):
 
 
 def start(options) -> dict:
-    """The second of two starts on the same rows: the first stores the tokens."""
+    """The second of two starts on the same rows, a process each: the first stores the tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.jsonl")
+        pairs = shared.changed_pairs(160)
+        lines = [json.dumps({"prompt": a + "\n", "completion": b}, ensure_ascii=False) for a, b in pairs[:6000]]
+        file.write_text("\n".join(lines) + "\n")
+        command = [sys.executable, __file__, "once", "--rows", str(file)]
+        for _ in range(2):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]) | {"num_rows": len(lines)}
+
+
+def once(options) -> dict:
+    """One start: from the end of the imports to where the first evaluation would begin."""
     from transformers import Gemma3ForCausalLM  # noqa: F401
 
     from loratune import api
@@ -97,23 +112,18 @@ def start(options) -> dict:
         if event["event"] == "start":
             raise _Started
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "rows.jsonl")
-        pairs = shared.changed_pairs(160)
-        lines = [json.dumps({"prompt": a + "\n", "completion": b}, ensure_ascii=False) for a, b in pairs[:6000]]
-        file.write_text("\n".join(lines) + "\n")
-        for number in range(2):
-            moments, began = {}, time.perf_counter()
-            given = {"model": shared.MODELS["gemma"], "data.train": str(file), "output": f"{folder}/{number}"}
-            with contextlib.suppress(_Started):
-                api.run(load_run_config(None, given), begin)
-    return {"model_seconds": moments["summary"], "start_seconds": moments["start"], "num_rows": len(lines)}
+    moments, began = {}, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Started):
+        given = {"model": shared.MODELS["gemma"], "data.train": options.rows, "output": f"{folder}/run"}
+        api.run(load_run_config(None, given), begin)
+    return {"model_seconds": moments["summary"], "start_seconds": moments["start"]}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=["rows", "start"])
+    parser.add_argument("side", choices=["rows", "start", "once"])
     parser.add_argument("number", type=int, nargs="?", default=1000)
+    parser.add_argument("--rows", help="once: the file of rows")
     given = parser.parse_args()
-    print(json.dumps({"rows": rows, "start": start}[given.side](given)))
+    print(json.dumps({"rows": rows, "start": start, "once": once}[given.side](given)))

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from loratune.adapter.attach import Attached, attach
 from loratune.adapter.summary import coverage
 from loratune.data.dataset import Dataset
+from loratune.data.deferred import Deferred
 from loratune.data.encode import Encoder
 from loratune.errors import ConfigError
 from loratune.evaluate.loss import evaluate
@@ -36,7 +37,7 @@ def load(config: RunConfig, notify: Callable[[str], None]) -> tuple[Attached, Pr
     labels = find_labels(task_type, data.specs, data.format, data.columns)
     model, tokenizer = load_model(
         config.model, dtype=config.train.dtype, task_type=task_type, labels=labels.names, problem=labels.problem,
-        notify=notify,
+        notify=notify, defer=True,
     )  # fmt: skip
     return attach(model, with_head(lora, model), seed=config.train.seed), tokenizer
 
@@ -76,12 +77,23 @@ def prepare(
         identity=identity.identity(attached, tokenizer, config, training, validation)
         | _files_of(task, training, validation)
         | ({"ladder": config.ladder.model_dump()} if config.ladder else {}),
-        on_event=on_event,
+        on_event=_reading(tokenizer, on_event) if isinstance(tokenizer, Deferred) else on_event,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         evaluate=evaluate_task if task else evaluate,
     )
     rehearse(state)
     return state
+
+
+def _reading(tokenizer: Deferred, on_event: OnEvent) -> OnEvent:
+    """Reads a deferred tokenizer after the first step: the run's end needs it, and what is wrong is said early."""
+
+    def and_read(event: dict[str, Any]) -> None:
+        on_event(event)
+        if event.get("event") == "step":
+            tokenizer.read()
+
+    return and_read
 
 
 def _task(attached: Attached, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Task | None:

@@ -114,7 +114,7 @@ def test_a_bad_conversation_stops_with_file_line_and_reason(tmp_path: Path, line
 
 @pytest.mark.parametrize(
     "content",
-    [gzip.compress(GOOD.encode()), GOOD.encode("utf-16"), GOOD.encode("cp1251")],
+    [gzip.compress(GOOD.encode(), mtime=0), GOOD.encode("utf-16"), GOOD.encode("cp1251")],
     ids=["gzip", "utf-16", "cp1251"],
 )
 def test_a_file_that_is_not_utf8_is_refused_at_its_line(tmp_path: Path, content: bytes) -> None:

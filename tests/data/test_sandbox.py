@@ -111,7 +111,7 @@ def test_an_endless_template_is_stopped_within_a_second_and_named(source: str) -
     reason = r"^rows.jsonl:7: the chat template of evil/model was stopped: it ran longer than 0.7 s"
     with pytest.raises(DataError, match=reason):
         encoder.encode(Row("rows.jsonl", 7, "messages", {"messages": MESSAGES}))
-    assert time.perf_counter() - started < 1.5  # 0.7 s of processor time; the rest is for a machine with other work
+    assert time.perf_counter() - started < 3  # 0.7 s of processor time; the rest is for a machine with other work
     tokenizer.chat_template = CHATML
     assert len(encoder.encode(Row("rows.jsonl", 8, "messages", {"messages": MESSAGES}))) == 1
 
@@ -131,7 +131,7 @@ BOMBS = [
 def test_a_memory_bomb_is_refused_or_stopped(box: Sandbox, source: str) -> None:
     started = time.perf_counter()
     [error] = render(box, source)
-    assert isinstance(error, DataError) and time.perf_counter() - started < 1.5
+    assert isinstance(error, DataError) and time.perf_counter() - started < 3
     assert render(box, "{{ messages | length }}") == [["2"]]
 
 

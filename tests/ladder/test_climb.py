@@ -57,10 +57,11 @@ def switching(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_stops_where_the_basic_rung_suffices(switching: Path, tmp_path: Path, seed: int) -> None:
     """A known behaviour at a new mark: two projections learn it, and the rest of the loss is chance (4 ln 5 a row)."""
     rows = switch_rows(1500, seed, "z"), switch_rows(200, 100 + seed, "z")
-    found = Project(tmp_path, switching, *rows).run(tmp_path / "run", learning_rate=0.003, max_steps=240, seed=seed)
+    found = Project(tmp_path, switching, *rows).run(tmp_path / "run", learning_rate=0.005, max_steps=240, seed=seed)
     assert found["chosen"] == "fast"
     kinds = [each["kind"] for each in found["decisions"]]
-    assert kinds[-1] == "stay" and set(kinds[:-1]) <= {"open"}
+    # A climb that is taken back is within the rules: at 95% one look in forty shows a gain that is none.
+    assert kinds[-1] in {"stay", "back"} and set(kinds[:-1]) <= {"open", "climb"}
     assert len(found["decisions"][0]["arms"]) == 3  # it has looked one rung further
     floor = 4 * math.log(5) / 5
     base, final = found["test"]["base"]["loss"], found["test"]["final"]["loss"]

@@ -7,12 +7,14 @@ Nothing is ever cut: a document that does not fit is an error, or, of a text row
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from loratune.data.deferred import Deferred
 from loratune.data.masks import Cuts, Lookup, Marks, Tokenizer
 from loratune.data.rows import Row
 from loratune.data.templates import NOW, Chat, Message, Transcript, plan
@@ -56,7 +58,8 @@ class Encoder:
     `long`: a row beyond the limit is refused with LongRow ("stop", "drop": see the caller), or, a text row with
     "split", made into documents of about equal length, each token once.
     `num_ids`: rows with an id of that or above are refused: a tokenizer may know a token more than the model's
-    embedding has rows (Gemma 3's image token). `now` is what a template's clock says.
+    embedding has rows (Gemma 3's image token). `now` is what a template's clock says. A `Deferred` tokenizer is read
+    when the first row is encoded.
     Raises ConfigError for a tokenizer without an end-of-sequence token.
     """
 
@@ -80,10 +83,27 @@ class Encoder:
         self.train_on = train_on
         self.long = long
         self.num_ids = num_ids
-        self.eos_id = int(tokenizer.convert_tokens_to_ids(str(eos)))
-        self.prefix = self._find_prefix()
-        self.marks = Marks.of(tokenizer)
-        self.chat = Chat(tokenizer, self.marks, now)
+        self.now = now
+        self._eos = str(eos)
+        if not isinstance(tokenizer, Deferred):
+            self.prefix  # noqa: B018  # what is wrong with it is said before anything is encoded
+
+    @cached_property
+    def eos_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self._eos))
+
+    @cached_property
+    def marks(self) -> Marks:
+        return Marks.of(self.tokenizer)
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer, self.marks, self.now)
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer itself puts before a text: its begin token, or nothing."""
+        return self._find_prefix()
 
     def encode(self, row: Row) -> list[Document]:
         """Returns the row's documents, mostly one; raises DataError `file:line: reason` where it cannot be trained on.

@@ -16,6 +16,7 @@ import numpy as np
 
 from loratune import files
 from loratune.data import sources, store
+from loratune.data.deferred import special_tokens, tokenizer_digest
 from loratune.data.encode import Document, Encoder, LongRow
 from loratune.data.ledger import Ledger
 from loratune.data.rows import Reject, Row, iter_rows
@@ -169,12 +170,8 @@ def _account(chunk: Chunk, ledger: Ledger) -> None:
 
 def _encoder_key(encoder: Encoder) -> list[Any]:
     """Returns everything of an encoder that decides which tokens a row becomes."""
-    tokenizer: Any = encoder.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else tokenizer.get_vocab()
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    options = [encoder.max_tokens, encoder.num_ids, encoder.train_on, encoder.long, encoder.chat.now.isoformat()]
-    return [words, str(tokenizer.chat_template), special, *options]
+    options = [encoder.max_tokens, encoder.num_ids, encoder.train_on, encoder.long, encoder.now.isoformat()]
+    return [tokenizer_digest(encoder.tokenizer), special_tokens(encoder.tokenizer), *options]
 
 
 def _code_key() -> list[str]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from loratune.data.deferred import deferred, note
 from loratune.errors import ConfigError
 from loratune.model import embedded, gguf, heads, narrow
 from loratune.model.images import Images
@@ -182,6 +184,7 @@ def load_model(
     labels: Sequence[str] = (),
     problem: str | None = None,
     notify: Notify | None = None,
+    defer: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a base model, frozen and in eval mode, with its tokenizer, or, where it reads images, its `Images`.
 
@@ -189,7 +192,8 @@ def load_model(
     weights lack is zero until `heads.begin`.
     `device` is cuda where there is one, else cpu; `dtype` is the stored type, but float32 on a CPU, where
     bfloat16 arithmetic is mostly slower. "stored" computes the same there, with weights of half the memory.
-    `model.name_or_path` is what PEFT and transformers can load again.
+    `model.name_or_path` is what PEFT and transformers can load again. With `defer`, a tokenizer that was loaded before
+    from the same files is a `Deferred`, read when it is first used.
     Raises ConfigError for an unknown model, task or type, for missing, damaged or non-finite weights, and for
     a tokenizer with more tokens than the embedding has rows.
     """
@@ -198,12 +202,16 @@ def load_model(
     dtype = _dtype(dtype, place)
     source = resolve(name, notify)
     images = Images.of(source.path) if task_type in heads.IMAGES else None
-    tokenizer: Any = images or tokenizer_of(source)
+    read, defer = partial(tokenizer_of, source), defer and task_type == "CAUSAL_LM"
+    later = deferred(source.path, gguf.cache_root(), read) if defer else None
+    tokenizer: Any = images or later or read()
     model = _weights(task, source, dtype, notify, heads.settings(source.path, task_type, labels, problem))
     check_finite(model)
-    if images is None:
+    if images is None and later is None:
         heads.complete(model, tokenizer, task_type)
         check_vocabulary(model, tokenizer)
+        if defer:
+            note(source.path, gguf.cache_root(), tokenizer)
     model.name_or_path = model.config._name_or_path = source.name
     try:
         model.to(place)  # pyright: ignore[reportArgumentType]  # transformers decorates `to`

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from loratune.adapter.attach import Attached
 from loratune.adapter.fingerprint import fingerprint
 from loratune.data.dataset import Dataset
+from loratune.data.deferred import tokenizer_digest
 from loratune.errors import CheckpointError
 from loratune.model.images import Images
 from loratune.train.checkpoint import Checkpoint
@@ -55,11 +56,9 @@ def _digest(text: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(tokenizer, Images):
         return _digest(json.dumps(tokenizer.settings, sort_keys=True))
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return _digest(content + str(tokenizer.chat_template))
+    return tokenizer_digest(tokenizer)
 
 
 def check(saved: Checkpoint, now: dict[str, Any], *, allow: bool = False) -> list[str]:
