@@ -48,7 +48,7 @@ check: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not model and not full"
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/run.py --only "$(ONLY)" --repeats $(or $(REPEATS),3)
+	$(BIN)/python bench/run.py --only "$(ONLY)" $(if $(REPEATS),--repeats $(REPEATS))
 
 # TRL, torchtune and LitGPT, for the benchmark, each in an environment of its own
 bench-peers: $(VENV)/.dev

@@ -1,11 +1,13 @@
 """Runs the benchmarks, each side in fresh processes, alternating, and writes bench/results/NAME.json and NAME.md.
 
-    make bench                      everything
-    make bench ONLY=attach          one suite
-    make bench REPEATS=1            a quick look
+    make bench                      the gate, then everything: the main work three times, the rest once
+    make bench ONLY=train,llama     some suites
+    make bench ONLY=peft,ours       some sides of all suites
+    make bench REPEATS=3            everything three times
 
 A run starts only when the machine has been at least 95% idle for 3 seconds, and finished runs are kept: an interrupted
-benchmark goes on where it stopped. Times are of this machine on that day; the ratios are what is meant.
+benchmark goes on where it stopped; to begin anew, remove the suite's JSON file. Times are of this machine on that day;
+the ratios are what is meant.
 """
 
 import argparse
@@ -38,6 +40,7 @@ def _train(side: str, micro: int, *more: str) -> list[str]:
 
 
 SUITES: dict[str, list[list[str]]] = {
+    "gate": [["gate.py"]],
     "attach": [["attach.py", side, str(count)] for count in (1, 10, 100) for side in ("ours", "peft")]
     + [["attach.py", "ours", "1000"], ["attach.py", "peft-extrapolated", "1000"]],
     "train": [
@@ -47,11 +50,13 @@ SUITES: dict[str, list[list[str]]] = {
         _train("trl", 2, "--grouped", *HALF),
     ],
     "sweep": [
-        *(_train("ours", micro, *HALF) for micro in (1, 2, 4, 16)),
+        *(_train("ours", micro, *HALF) for micro in (1, 2, 4, 8)),
         _train("ours", 8, "--recompute", *HALF),
+        _train("ours", 16, "--batch", "16", *HALF),
         *(_train("peft", micro, "--grouped", *HALF) for micro in (1, 4, 8)),
+        _train("peft", 16, "--grouped", "--batch", "16", *HALF),
         _train("trl", 8, "--checkpointing", *HALF),  # TRL's defaults, but in float32
-        _train("trl", 4, "--grouped", *HALF),
+        *(_train("trl", micro, "--grouped", *HALF) for micro in (1, 4, 8)),
         _train("trl", 1, "--packing", *HALF),
     ],
     "fast": [
@@ -86,6 +91,13 @@ SUITES: dict[str, list[list[str]]] = {
     "growth": [["growth.py", "rows", number] for number in ("1000", "1000000")],
     "start": [["growth.py", "start"]],
 }  # fmt: skip
+MAIN = {"train": 3, "fast": 3, "start": 3}  # how often these run, unless REPEATS says; the rest once
+APART = {"attach"}  # run when asked for by name
+SIDES = {"ours", "peft", *PEERS}
+
+
+def side(command: list[str]) -> str:
+    return command[1] if len(command) > 1 and command[1] in SIDES else "ours"
 
 
 def idle_share(seconds: float) -> float:
@@ -137,10 +149,11 @@ def machine() -> dict:
 def run(command: list[str]) -> dict:
     wait_until_idle()
     python = PEERS.get(command[1], sys.executable) if len(command) > 1 else sys.executable
+    begin = time.monotonic()
     done = subprocess.run([str(python), *command], cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"wall_seconds": time.monotonic() - begin}
 
 
 def run_sides(folder: Path, names: list[str], now: bool) -> dict:
@@ -155,11 +168,13 @@ def run_sides(folder: Path, names: list[str], now: bool) -> dict:
     return {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in names}
 
 
-def suite(name: str, repeats: int) -> None:
+def suite(name: str, repeats: int, sides: set[str]) -> None:
     path = RESULTS / f"{name}.json"
     stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": {}}
     for repeat in range(repeats):
         for command in SUITES[name]:
+            if side(command) not in sides:
+                continue
             if len(command) > 1 and not PEERS.get(command[1], HERE).exists():
                 print(f"{name}: {' '.join(command)}: left out, {PEERS[command[1]]} is missing (make bench-peers)")
                 continue
@@ -195,11 +210,22 @@ def table(name: str, stored: dict) -> str:
     return f"# {name}\n\nMedian (smallest to largest). {about}.\n\n" + "\n".join(rows) + "\n"
 
 
+def chosen(only: str) -> tuple[list[str], set[str]]:
+    """Returns (suites, sides) of a list of either, separated by commas; the gate is always passed first."""
+    names = {name for name in only.split(",") if name}
+    if unknown := names - SIDES - set(SUITES):
+        known = ", ".join([*SUITES, *sorted(SIDES)])
+        raise SystemExit(f"no suite or side is called {', '.join(sorted(unknown))}; there are {known}.")
+    suites = [name for name in SUITES if name in names] or [name for name in SUITES if name not in APART]
+    return list(dict.fromkeys(["gate", *suites])), names & SIDES or SIDES
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="suites, separated by commas")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="suites or sides, separated by commas")
+    parser.add_argument("--repeats", type=int, help="how often each run; else those of MAIN, and once")
     options = parser.parse_args()
-    for name in [each for each in options.only.split(",") if each] or list(SUITES):
-        suite(name, options.repeats)
+    suites, sides = chosen(options.only)
+    for name in suites:
+        suite(name, options.repeats or MAIN.get(name, 1), sides if name != "gate" else SIDES)
     summary.main()

@@ -11,6 +11,7 @@ from pathlib import Path
 from loratune.report.figures import tag
 
 RESULTS = Path(__file__).parent / "results"
+WAIT_SECONDS = 3  # before each run, for the machine to be idle
 HALF = "--documents 32"
 OURS, PEFT, BEST, TRL = (
     f"train.py {side} {HALF}" for side in ("ours --micro 8", "peft --micro 8", "peft --micro 2 --grouped",
@@ -40,7 +41,7 @@ class Results:
         self._suites = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
 
     def values(self, suite: str, command: str, key: str) -> list[float]:
-        return [run[key] for run in self._suites.get(suite, {}).get("runs", {}).get(command, [])]
+        return [run[key] for run in self._suites.get(suite, {}).get("runs", {}).get(command, []) if key in run]
 
     def median(self, suite: str, command: str, key: str = "tokens_per_second") -> float:
         """Returns NaN where it has not been run."""
@@ -54,6 +55,21 @@ class Results:
 
     def repeats(self, suite: str, command: str) -> int:
         return len(self.values(suite, command, "tokens_per_second"))
+
+    def commands(self, suite: str) -> list[str]:
+        return list(self._suites.get(suite, {}).get("runs", {}))
+
+    def gain(self, suite: str, one: str, other: str) -> float:
+        """Of one of our commands over another, by their shares of the floor: the machine's rate changes by the minute,
+        and the floor counts the same operations for both."""
+        return self.ratio(suite, one, [other], "of_floor")
+
+    @property
+    def minutes(self) -> float:
+        """What all runs took together."""
+        suites = (each.get("runs", {}) for each in self._suites.values())
+        runs = (run for suite in suites for runs in suite.values() for run in runs)
+        return sum(run.get("wall_seconds", 0) + WAIT_SECONDS for run in runs if "wall_seconds" in run) / 60
 
     @property
     def machine(self) -> str:
@@ -70,9 +86,29 @@ def _times(value: float) -> str:
 
 def goals(of: Results) -> Iterator[tuple[str, str, str]]:
     """Yields (what, asked, found)."""
+    gate = lambda key: of.median("gate", "gate.py", key)  # noqa: E731
+    for what in ("loss", "gradient"):
+        found = f"{gate(f'our_{what}_error'):.0e} (PEFT in float32: {gate(f'peft_{what}_error'):.0e})"
+        yield f"first step's {what}, off PEFT in float64", "1e-5", found
+    steps = [f"train.py {side} --micro 8 --shape tiny --documents 16 --steps 50" for side in ("ours", "peft")]
+    ends = [of.values("steps", command, "losses")[-1][-1] for command in steps if of.values("steps", command, "losses")]
+    if len(ends) == 2:
+        yield "loss after 50 steps, off PEFT's", "1e-3", f"{abs(ends[0] - ends[1]):.0e}"
+    yield from _throughput(of)
+    yield from _memory(of)
+    yield from _others(of)
+
+
+def _throughput(of: Results) -> Iterator[tuple[str, str, str]]:
     yield "main work, against the best peer", "2.2x (stretch 2.35x)", _times(of.ratio("train", OURS, [BEST, PEFT, TRL]))
     yield "main work, against PEFT + Trainer as users run it", "3x", _times(of.ratio("train", OURS, [PEFT]))
-    yield "main work, share of the floor", "75% (stretch 80%)", _percent(of.median("train", OURS, "of_floor"))
+    shares = of.values("train", OURS, "of_floor") or [float("nan")]
+    found = f"{_percent(statistics.median(shares))} ({_percent(min(shares))} to {_percent(max(shares))})"
+    yield "main work, share of the floor", "75% (stretch 80%)", found
+    peers = [command for command in of.commands("sweep") if "train.py ours" not in command]
+    if peers:
+        best = max(peers, key=lambda command: of.median("sweep", command))
+        yield f"the sweep's best peer, `{best.removesuffix(HALF).strip()}`", "", _times(of.ratio("sweep", OURS, [best]))
     ours, peers = (
         f"train.py ours --micro 8 {FAST}",
         [f"train.py peft {m} {FAST}" for m in ("--micro 8", "--micro 2 --grouped")],
@@ -81,7 +117,7 @@ def goals(of: Results) -> Iterator[tuple[str, str, str]]:
     yield "preset fast, against PEFT + Trainer as users run it", "3x", _times(of.ratio("fast", ours, peers[:1]))
     yield "preset fast, share of the floor", "75%", _percent(of.median("fast", ours, "of_floor"))
     undropped = f"train.py ours --micro 8 --preset fast {HALF}"
-    yield "what dropout costs", "under 5%", f"{of.median('fast', undropped) / of.median('fast', ours) - 1:.1%}"
+    yield "what dropout costs", "under 5%", f"{of.gain('fast', undropped, ours) - 1:.1%}"
     llama = [f"train.py peft --micro {m} --grouped --model llama --documents 16" for m in (2, 4)]
     llama += [f"llama_peers.py {side} --micro {m}" for side in ("torchtune", "litgpt") for m in (2, 4)]
     ours = "train.py ours --micro 8 --model llama --documents 16"
@@ -93,23 +129,42 @@ def goals(of: Results) -> Iterator[tuple[str, str, str]]:
         yield f"{name}, against PEFT micro-batch 2, grouped", asked, _times(of.ratio("shapes", ours, [peer]))
         if shape.startswith("prefix"):
             apart = f"train.py ours --micro 8 --off sharing --shape {shape} {HALF}"
-            gain, ceiling = of.ratio("shapes", ours, [apart]), of.median("shapes", ours, "sharing_ceiling")
-            yield (
-                f"{name}, against sharing off",
-                f"{0.9 * ceiling:.2f}x (90% of the ceiling)",
-                _times(gain),
-            )
-    above = "peak_above_model_bytes"
-    yield (
-        "memory above the model, of PEFT's at micro-batch 8",
-        "0.16x",
-        _times(of.median("train", OURS, above) / of.median("train", PEFT, above)),
-    )
-    trl, small = of.median("train", TRL, above), f"train.py ours --micro 2 {HALF}"
-    yield "memory above the model, of TRL's at micro-batch 2", "0.5x", _times(of.median("sweep", small, above) / trl)
+            ceiling = of.median("shapes", ours, "sharing_ceiling")
+            asked = f"{0.9 * ceiling:.2f}x (90% of the ceiling)"
+            yield f"{name}, against sharing off", asked, _times(of.gain("shapes", ours, apart))
+    few, many = (of.median("growth", f"growth.py rows {number}") for number in ("1000", "1000000"))
+    yield "a million rows, of the speed with 1,000", "within 5%", f"{many / few - 1:+.1%}"
+    packs = {m: f"train.py ours --micro {m} {'--batch 16 ' if m == 16 else ''}{HALF}" for m in (1, 2, 4, 8, 16)}
+    found = [f"{_percent(of.gain('sweep', packs[m], packs[8]) - 1)} ({m})" for m in packs if m != 8]
+    yield "packs of so many documents, of the speed with 8", "within 5%", ", ".join(found)
+
+
+def _memory(of: Results) -> Iterator[tuple[str, str, str]]:
+    above, found = "peak_above_model_bytes", []
+    for micro in (1, 4, 8, 16):
+        ours, peft = (
+            f"train.py {side} {'--batch 16 ' if micro == 16 else ''}{HALF}"
+            for side in (f"ours --micro {micro}", f"peft --micro {micro} --grouped")
+        )
+        found.append(f"{_times(of.median('sweep', ours, above) / of.median('sweep', peft, above))} ({micro})")
+    yield "memory above the model, of PEFT's at so many documents a micro-batch", "0.16x", ", ".join(found)
+    found = []
+    for micro in (1, 4, 8):
+        ours, trl = (f"train.py {side} {HALF}" for side in (f"ours --micro {micro}", f"trl --micro {micro} --grouped"))
+        found.append(f"{_times(of.median('sweep', ours, above) / of.median('sweep', trl, above))} ({micro})")
+    yield "memory above the model, of TRL's", "0.5x", ", ".join(found)
+    kept = {name: of.median("gate", "gate.py", f"kept_bytes_{name}") for name in ("ours", "recompute", "peft")}
+    yield "kept for the backward pass, of PEFT's", "0.6x", f"{kept['ours'] / kept['peft']:.3f}x"
+    yield "the same with recomputation", "0.3x", f"{kept['recompute'] / kept['peft']:.3f}x"
     recompute = f"train.py ours --micro 8 --recompute {HALF}"
-    slower = of.median("ablation", OURS) / of.median("sweep", recompute) - 1  # of the same hour
-    yield "time of selective recomputation", "at most 14%", f"{slower:.1%}"
+    yield "time of selective recomputation", "at most 14%", f"{of.gain('sweep', OURS, recompute) - 1:.1%}"
+    few, many = (of.median("growth", f"growth.py rows {number}", above) for number in ("1000", "1000000"))
+    pages = (of.median("growth", f"growth.py rows {n}", "of_it_mapped_pages_of_the_rows") for n in ("1000", "1000000"))
+    few, many = (each - mapped for each, mapped in zip((few, many), pages))
+    yield "a million rows, memory above the model less mapped pages", "flat", f"{few / 1e6:.0f} and {many / 1e6:.0f} MB"
+
+
+def _others(of: Results) -> Iterator[tuple[str, str, str]]:
     share = of.median("evaluate", "evaluate.py", "evaluation_over_training")
     yield "evaluation, of a training step's time a token", "0.55", f"{share:.2f}"
     with_adapter, bare = (
@@ -117,22 +172,17 @@ def goals(of: Results) -> Iterator[tuple[str, str, str]]:
     )
     yield "generation with an adapter, of the bare base's speed", "1.00", f"{with_adapter / bare:.2f}"
     yield "start-up on a tokenised store", "3 s", f"{of.median('start', 'growth.py start', 'start_seconds'):.1f} s"
-    few, many = (of.median("growth", f"growth.py rows {number}") for number in ("1000", "1000000"))
-    yield "a million rows, of the speed with 1,000", "within 5%", f"{many / few - 1:+.1%}"
-    few, many = (of.median("growth", f"growth.py rows {number}", above) for number in ("1000", "1000000"))
-    yield "a million rows, memory above the model", "flat", f"{few / 1e6:.0f} and {many / 1e6:.0f} MB"
-    yield (
-        "the optimizer's share of a step",
-        "under 1%",
-        f"{of.median('growth', 'growth.py rows 1000', 'optimizer_share'):.2%}",
-    )
+    share = of.median("growth", "growth.py rows 1000", "optimizer_share")
+    yield "the optimizer's share of a step", "under 1%", f"{share:.2%}"
 
 
 def sweep(of: Results) -> Iterator[tuple[str, float, float, float, float, int]]:
     """Yields (command, tokens/s, memory above the model, peak, share of the floor, repeats), the fastest first."""
     rows = []
     for suite in ("train", "sweep"):
-        for command in of._suites.get(suite, {}).get("runs", {}):
+        for command in of.commands(suite):
+            if suite == "sweep" and command in of.commands("train"):
+                continue
             figures = (
                 of.median(suite, command, key)
                 for key in ("tokens_per_second", "peak_above_model_bytes", "peak_bytes", "of_floor")
@@ -142,19 +192,22 @@ def sweep(of: Results) -> Iterator[tuple[str, float, float, float, float, int]]:
 
 
 def ablation(of: Results) -> Iterator[tuple[str, float, float]]:
-    """Yields (technique left out, speed, memory), as shares of those with all."""
-    for command in of._suites.get("ablation", {}).get("runs", {}):
-        speed = of.ratio("ablation", command, [OURS])
+    """Yields (technique left out, speed by the share of the floor, memory), as shares of those with all."""
+    for command in of.commands("ablation"):
         memory = of.median("ablation", command, "peak_above_model_bytes") / of.median(
             "ablation", OURS, "peak_above_model_bytes"
         )
-        yield command.partition("--off ")[2].split()[0] if "--off" in command else "none", speed, memory
+        name = command.partition("--off ")[2].split()[0] if "--off" in command else "none"
+        yield name, of.gain("ablation", command, OURS), memory
 
 
 def page(of: Results) -> str:
     lines = [
         "# Speed and memory", "",
-        f"Medians; the runs one by one are in the JSON files beside this. {of.machine}.", "",
+        f"Medians; the runs one by one are in the JSON files beside this. {of.machine}.",
+        f"All runs together took {of.minutes:.0f} minutes. Against peers, tokens a second of alternating runs are",
+        "compared; where both sides are ours, their shares of the floor: the machine's own rate changes by the minute.",
+        "",
         "![tokens a second](speed.svg)", "",
         "| | asked | found |", "|---|---|---|",
         *(f"| {what} | {asked} | {found} |" for what, asked, found in goals(of)), "",

@@ -4,8 +4,9 @@
                           [--micro N] [--grouped] [--packing] [--preset linear|fast] [--dropout P] [--recompute] ...
 
 Every side: the same float32 weights, the same ids and labels, the same A, AdamW, 8 documents an optimizer step. Timed
-is the training loop alone, after one step that is not counted. Peak memory is the process's resident maximum from the
-loaded model on; the baseline is what is resident then.
+is the training loop alone, after one step that is not counted; the rate of the machine's own products is taken before
+and after, on our side between the steps too. Peak memory is the process's resident maximum from the loaded model on;
+the baseline is what is resident then.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def ours(options, model, work) -> dict:
     dataset = Dataset(documents, [str(index) for index in range(len(documents))], "", "prompt_completion")
     longest = max(len(ids) for ids, _ in work.documents)
     config = TrainConfig(
-        batch_size=shared.BATCH, learning_rate=shared.LEARNING_RATE, warmup_steps=0, max_grad_norm=1e9,
+        batch_size=options.batch, learning_rate=shared.LEARNING_RATE, warmup_steps=0, max_grad_norm=1e9,
         micro_batch_tokens=longest * options.micro,
     )  # fmt: skip
     run = loop.Run(
@@ -115,14 +116,20 @@ def ours(options, model, work) -> dict:
     )  # fmt: skip
     for name in options.off.split(",") if options.off else []:
         OFF[name](run)
-    run.rows_of_step = lambda: list(range(run.step % run.steps_per_epoch * 8, run.step % run.steps_per_epoch * 8 + 8))
+    firsts = range(0, len(documents), options.batch)
+    run.rows_of_step = lambda: list(range(len(documents)))[firsts[run.step % len(firsts)] :][: options.batch]
     run.learning_rate = lambda: shared.LEARNING_RATE
     attached.train_mode(True)
     baseline = start_of_peak()
-    losses = [loop.train_step(run)["loss"]]
-    begin = time.perf_counter()
-    losses += [loop.train_step(run)["loss"] for _ in range(options.steps or run.steps_per_epoch)]
-    return {"seconds": time.perf_counter() - begin, "losses": losses, "baseline_bytes": baseline}
+    losses, rates, seconds = [loop.train_step(run)["loss"]], [], 0.0
+    steps = options.steps or run.steps_per_epoch
+    for step in range(steps):
+        if step % max(1, steps // 4) == 0:
+            rates.append(sgemm_rate(model))
+        begin = time.perf_counter()
+        losses.append(loop.train_step(run)["loss"])
+        seconds += time.perf_counter() - begin
+    return {"seconds": seconds, "losses": losses, "baseline_bytes": baseline, "rates": rates}
 
 
 def _no_blocks(run) -> None:
@@ -200,7 +207,7 @@ def arguments(options, steps: int) -> dict:
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": options.micro,
-        "gradient_accumulation_steps": shared.BATCH // options.micro,
+        "gradient_accumulation_steps": options.batch // options.micro,
         "max_steps": steps + 1,
         "learning_rate": shared.LEARNING_RATE,
         "lr_scheduler_type": "constant",
@@ -258,7 +265,7 @@ def peft(options, model, work) -> dict:
             "labels": torch.tensor([pad(row["labels"], -100) for row in batch]),
         }
 
-    steps = options.steps or len(rows) // shared.BATCH
+    steps = options.steps or len(rows) // options.batch
     given = TrainingArguments(**arguments(options, steps), remove_unused_columns=False)
     clock = Clock()
     trainer = in_order(Trainer, options)(
@@ -276,7 +283,7 @@ def trl(options, model, work) -> dict:
     rows = Dataset.from_list(
         [{"input_ids": ids, "completion_mask": [int(t) for t in trained]} for ids, trained in work.documents]
     )
-    steps = options.steps or len(rows) // shared.BATCH
+    steps = options.steps or len(rows) // options.batch
     tuned = {} if options.checkpointing else {"gradient_checkpointing": False}
     packing = {"packing": True, "packing_strategy": "bfd", "max_length": 512} if options.packing else {}
     given = SFTConfig(**arguments(options, steps), bf16=False, completion_only_loss=True, **tuned, **packing)
@@ -298,13 +305,13 @@ def main(options) -> dict:
     ceiling = sharing_ceiling(model, work)
     head = {"side": options.side, "tokens": work.num_tokens, "labels": work.num_labels, "documents": options.documents}
     found = {"ours": ours, "peft": peft, "trl": trl}[options.side](options, model, work)
-    steps = options.steps or options.documents // shared.BATCH
-    share = steps * shared.BATCH / options.documents  # of the documents, counted as often as they were taken
-    rates = [before, sgemm_rate(model)]
+    steps = options.steps or options.documents // options.batch
+    share = steps * options.batch / options.documents  # of the documents, counted as often as they were taken
+    rates = [before, *found.get("rates", []), sgemm_rate(model)]
     return head | {
         "seconds": found["seconds"],
         "tokens_per_second": work.num_tokens * share / found["seconds"],
-        "of_floor": flops * share / (sum(rates) / 2 * 1e9) / found["seconds"],
+        "of_floor": flops * share / (sum(rates) / len(rates) * 1e9) / found["seconds"],
         "sharing_ceiling": ceiling,
         "peak_bytes": status("VmHWM"),
         "peak_above_model_bytes": status("VmHWM") - found["baseline_bytes"],
@@ -320,6 +327,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="gemma", choices=list(shared.MODELS))
     parser.add_argument("--shape", default="short")
     parser.add_argument("--micro", type=int, default=8, help="documents a micro-batch (ours: the longest's tokens x N)")
+    parser.add_argument("--batch", type=int, default=shared.BATCH, help="documents an optimizer step")
     parser.add_argument("--grouped", action="store_true")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")

@@ -65,7 +65,7 @@ def test_it_stops_where_the_basic_rung_suffices(switching: Path, tmp_path: Path,
     assert len(found["decisions"][0]["arms"]) == 3  # it has looked one rung further
     floor = 4 * math.log(5) / 5
     base, final = found["test"]["base"]["loss"], found["test"]["final"]["loss"]
-    assert base > 2 and final - floor < 0.03
+    assert base - floor > 0.5 and final - floor < 0.03  # the base's training ends elsewhere on other processors
 
 
 @pytest.mark.parametrize("seed", SEEDS)

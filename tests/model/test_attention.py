@@ -65,6 +65,25 @@ def test_packed_attention_equals_softmax_written_out(
         assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
 
 
+_APART = Segment(0, 3), Segment(3, 4), Segment(4, 6)
+_SHARED = Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 6, 0, 2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("segments", [_APART, _SHARED], ids=["apart", "shared"])
+def test_gradients_of_short_documents_equal_finite_differences(
+    segments: tuple[Segment, ...], window: int | None, causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, 6, 3, dtype=torch.float64, generator=generator, requires_grad=True) for heads in (4, 2, 2)
+    )
+    asked = attention.Settings(0.7, causal, window)
+    assert attention.is_short(q, v, segments, asked)
+    assert torch.autograd.gradcheck(lambda *heads: attention.packed(*heads, segments, asked), (q, k, v))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mistral", "gpt2", "bert_mlm", "vit"])
 def test_other_calls_go_through_transformers_own_attention(family: str) -> None:
     """A left-padded batch and encoders: nothing of ours may change them."""

@@ -131,7 +131,7 @@ def test_the_number_of_steps(tmp_path: Path, settings: dict[str, Any], steps: in
 
 def test_the_best_checkpoint_is_kept_and_used(tmp_path: Path) -> None:
     """Eight rows learnt by heart: the held-out loss rises again, and what remains are the factors of its lowest."""
-    run = make_run(tmp_path, rows=8, epochs=40, learning_rate=0.05, eval_every=5, keep=1)
+    run = make_run(tmp_path, rows=8, epochs=80, learning_rate=0.03, eval_every=5, keep=1)
     loop.train(run)
     evaluated = lines_of(run.output / loop.METRICS, "evaluation")[1:]
     best = min(evaluated, key=lambda line: line["loss"])
@@ -159,7 +159,7 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path: Path) -> None:
 
 def test_a_run_that_gets_no_better_is_ended_with_patience(tmp_path: Path) -> None:
     """It ends where it says, keeps what it had at its best, and stays ended when it is taken up again."""
-    settings: dict[str, Any] = {"rows": 8, "epochs": 60, "learning_rate": 0.05, "eval_every": 5, "keep": 1}
+    settings: dict[str, Any] = {"rows": 8, "epochs": 80, "learning_rate": 0.03, "eval_every": 5, "keep": 1}
     run = make_run(tmp_path, patience=3, **settings)
     assert loop.train(run) == "done"
     evaluated = lines_of(run.output / loop.METRICS, "evaluation")[1:]

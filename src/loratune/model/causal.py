@@ -63,8 +63,8 @@ class Batch:
 class CausalModel:
     """A causal language model made ready for documents. `notes` says what could not be done the fast way, and why.
 
-    With `recompute`, gate and up of blocks run as one function are computed again in the backward pass: about half the
-    activation memory for about a sixth more time. `keep_frozen`: bytes in which to keep what the layers below the
+    With `recompute`, gate, up and P of blocks run as one function are computed again in the backward pass: about half
+    the activation memory for about a seventh more time. `keep_frozen`: bytes in which to keep what the layers below the
     first adapted one make of rows.
     """
 

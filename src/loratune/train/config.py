@@ -147,7 +147,7 @@ class TrainConfig(_Section):
     """How long, how fast and how often.
 
     `batch_size` is documents per optimizer step; `micro_batch_tokens` changes memory only, never the result beyond
-    rounding. `recompute` halves what is kept for the backward pass, for about a sixth more time. `dtype`: the base's
+    rounding. `recompute` halves what is kept for the backward pass, for about a seventh more time. `dtype`: the base's
     weights are float32 in memory, or "stored", as in its files: half of that for bfloat16, and computed with as float32
     on a CPU, for 0 to 14% more time (None: float32 on a CPU, as stored elsewhere). `keep_frozen_mb`: megabytes
     in which to keep, from the first epoch on, what the layers below the first adapted one (`layers_to_transform`) make
