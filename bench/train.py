@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -90,7 +91,8 @@ def settings(options) -> dict:
     }  # fmt: skip
 
 
-def ours(options, model, work) -> dict:
+def made(options, model, work):
+    """Returns our run on the documents of the work, in their order, and an adapter in training mode."""
     import numpy as np
 
     import loratune
@@ -120,6 +122,13 @@ def ours(options, model, work) -> dict:
     run.rows_of_step = lambda: list(range(len(documents)))[firsts[run.step % len(firsts)] :][: options.batch]
     run.learning_rate = lambda: shared.LEARNING_RATE
     attached.train_mode(True)
+    return run
+
+
+def ours(options, model, work) -> dict:
+    from loratune.train import loop
+
+    run = made(options, model, work)
     baseline = start_of_peak()
     losses, rates, seconds = [loop.train_step(run)["loss"]], [], 0.0
     steps = options.steps or run.steps_per_epoch
@@ -130,6 +139,34 @@ def ours(options, model, work) -> dict:
         losses.append(loop.train_step(run)["loss"])
         seconds += time.perf_counter() - begin
     return {"seconds": seconds, "losses": losses, "baseline_bytes": baseline, "rates": rates}
+
+
+def dropout(options, model, work) -> dict:
+    """What dropout costs: a step with it between two without, on the same documents; the median of twelve ratios."""
+    from loratune.train import loop
+
+    run = made(options, model, work)
+    factors = run.attached.adapter.factors.values()
+
+    def seconds(p: float) -> float:
+        for factor in factors:
+            factor.dropout = p
+        begin = time.perf_counter()
+        loop.train_step(run)
+        return time.perf_counter() - begin
+
+    baseline = start_of_peak()
+    begin = time.perf_counter()
+    for p in (options.dropout, 0.0):
+        seconds(p)
+    ratios = [2 * seconds(options.dropout) / (seconds(0.0) + seconds(0.0)) for _ in range(12)]
+    spent = time.perf_counter() - begin
+    return {
+        "seconds": spent,
+        "losses": [0.0],
+        "baseline_bytes": baseline,
+        "dropout_costs": statistics.median(ratios) - 1,
+    }
 
 
 def _no_blocks(run) -> None:
@@ -286,14 +323,23 @@ def trl(options, model, work) -> dict:
     steps = options.steps or len(rows) // options.batch
     tuned = {} if options.checkpointing else {"gradient_checkpointing": False}
     packing = {"packing": True, "packing_strategy": "bfd", "max_length": 512} if options.packing else {}
-    given = SFTConfig(**arguments(options, steps), bf16=False, completion_only_loss=True, **tuned, **packing)
-    clock = Clock()
-    trainer = in_order(SFTTrainer, options)(
+    # A packed row holds some eight documents: one is a step.
+    given = arguments(options, steps) | ({"gradient_accumulation_steps": 1} if options.packing else {})
+    given = SFTConfig(**given, bf16=False, completion_only_loss=True, **tuned, **packing)
+    clock, seen = Clock(), []
+
+    class Counting(in_order(SFTTrainer, options)):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["input_ids"].numel())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = Counting(
         model=model, args=given, train_dataset=rows, callbacks=[clock], processing_class=options.tokenizer,
         peft_config=library.LoraConfig(task_type="CAUSAL_LM", **settings(options)),
     )  # fmt: skip
     take(trainer.model, start)
-    return trained(trainer, clock, steps)
+    found = trained(trainer, clock, steps)
+    return found | ({"tokens": sum(seen[1:])} if options.packing else {})
 
 
 def main(options) -> dict:
@@ -304,17 +350,18 @@ def main(options) -> dict:
     flops, before = floor_flops(model, work, targets(options)), sgemm_rate(model)
     ceiling = sharing_ceiling(model, work)
     head = {"side": options.side, "tokens": work.num_tokens, "labels": work.num_labels, "documents": options.documents}
-    found = {"ours": ours, "peft": peft, "trl": trl}[options.side](options, model, work)
+    found = {"ours": ours, "dropout": dropout, "peft": peft, "trl": trl}[options.side](options, model, work)
     steps = options.steps or options.documents // options.batch
     share = steps * options.batch / options.documents  # of the documents, counted as often as they were taken
     rates = [before, *found.get("rates", []), sgemm_rate(model)]
     return head | {
         "seconds": found["seconds"],
-        "tokens_per_second": work.num_tokens * share / found["seconds"],
+        "tokens_per_second": found.get("tokens", work.num_tokens * share) / found["seconds"],
         "of_floor": flops * share / (sum(rates) / len(rates) * 1e9) / found["seconds"],
         "sharing_ceiling": ceiling,
         "peak_bytes": status("VmHWM"),
         "peak_above_model_bytes": status("VmHWM") - found["baseline_bytes"],
+        **{key: found[key] for key in ("dropout_costs",) if key in found},
         "losses": found["losses"][:: max(1, len(found["losses"]) // 10)] + found["losses"][-1:],
         "sgemm_gflops": rates,
     }
@@ -323,7 +370,7 @@ def main(options) -> dict:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=["ours", "peft", "trl"])
+    parser.add_argument("side", choices=["ours", "dropout", "peft", "trl"])
     parser.add_argument("--model", default="gemma", choices=list(shared.MODELS))
     parser.add_argument("--shape", default="short")
     parser.add_argument("--micro", type=int, default=8, help="documents a micro-batch (ours: the longest's tokens x N)")
