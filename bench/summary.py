@@ -118,8 +118,8 @@ def _throughput(of: Results) -> Iterator[tuple[str, str, str]]:
     yield "preset fast, share of the floor", "75%", _percent(of.median("fast", ours, "of_floor"))
     cost = of.median("dropout", f"train.py dropout --micro 8 {FAST}", "dropout_costs")
     yield "what dropout costs", "under 5%", f"{cost:.1%}"
-    llama = [f"train.py peft --micro {m} --grouped --model llama --documents 16" for m in (2, 4)]
-    llama += [f"llama_peers.py {side} --micro {m}" for side in ("torchtune", "litgpt") for m in (2,)]
+    llama = ["train.py peft --micro 2 --grouped --model llama --documents 16"]
+    llama += [f"llama_peers.py {side} --micro 2" for side in ("torchtune", "litgpt")]
     ours = "train.py ours --micro 8 --model llama --documents 16"
     yield "Llama 3.2 1B's shape, against the best peer", "1.25x", _times(of.ratio("llama", ours, llama))
     yield "Llama 3.2 1B's shape, share of the floor", "75%", _percent(of.median("llama", ours, "of_floor"))

@@ -146,6 +146,7 @@ def dropout(options, model, work) -> dict:
     from loratune.train import loop
 
     run = made(options, model, work)
+    run.rows_of_step = lambda: list(range(options.batch))
     factors = run.attached.adapter.factors.values()
 
     def seconds(p: float) -> float:
@@ -155,18 +156,12 @@ def dropout(options, model, work) -> dict:
         loop.train_step(run)
         return time.perf_counter() - begin
 
-    baseline = start_of_peak()
     begin = time.perf_counter()
     for p in (options.dropout, 0.0):
         seconds(p)
     ratios = [2 * seconds(options.dropout) / (seconds(0.0) + seconds(0.0)) for _ in range(12)]
     spent = time.perf_counter() - begin
-    return {
-        "seconds": spent,
-        "losses": [0.0],
-        "baseline_bytes": baseline,
-        "dropout_costs": statistics.median(ratios) - 1,
-    }
+    return {"seconds": spent, "dropout_costs": statistics.median(ratios) - 1}
 
 
 def _no_blocks(run) -> None:
@@ -354,6 +349,8 @@ def main(options) -> dict:
     steps = options.steps or options.documents // options.batch
     share = steps * options.batch / options.documents  # of the documents, counted as often as they were taken
     rates = [before, *found.get("rates", []), sgemm_rate(model)]
+    if "dropout_costs" in found:
+        return head | {key: found[key] for key in ("seconds", "dropout_costs")} | {"sgemm_gflops": rates}
     return head | {
         "seconds": found["seconds"],
         "tokens_per_second": found.get("tokens", work.num_tokens * share) / found["seconds"],
@@ -361,7 +358,6 @@ def main(options) -> dict:
         "sharing_ceiling": ceiling,
         "peak_bytes": status("VmHWM"),
         "peak_above_model_bytes": status("VmHWM") - found["baseline_bytes"],
-        **{key: found[key] for key in ("dropout_costs",) if key in found},
         "losses": found["losses"][:: max(1, len(found["losses"]) // 10)] + found["losses"][-1:],
         "sgemm_gflops": rates,
     }
