@@ -61,7 +61,7 @@ class _LabelLoss(Function):
         return (*(None if grad is None else grad * g.to(grad.dtype) for grad in ctx.saved_tensors), *(None,) * 4)
 
 
-class _LabelLosses(Function):
+class _RowLosses(Function):
     """Each row's -log softmax(logits)[label], differentiable: the backward pass makes the logits again, and each row's
     dl is multiplied by the gradient of its loss."""
 
@@ -279,4 +279,4 @@ def label_log_probs(
 
     Takes what `label_loss` takes, and keeps no logits either: the backward pass makes them again.
     """
-    return -_LabelLosses.apply(h_nH, W_VH, bias_V, z_nR, B_VR, labels_n, shape, memory)  # type: ignore[operator]
+    return -_RowLosses.apply(h_nH, W_VH, bias_V, z_nR, B_VR, labels_n, shape, memory)  # type: ignore[operator]
